@@ -1,0 +1,44 @@
+"""One attempt of a Python agent in a process of its own: agent.in = "subprocess". Started by subprocess_agent alone.
+
+The result goes to the events file, so that the agent may print what it likes. An exception ends the process with its
+traceback on stderr and exit code 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import os
+import sys
+from pathlib import Path
+
+from raygent.agent import AGENT_OFFERS, ModelEndpoint, arguments, load_callable, plain
+from raygent.config import ConfigError
+from raygent.emit import EVENTS_FILE, append_event
+
+
+def main() -> int:
+    try:
+        agent = load_callable(os.environ["RAYGENT_AGENT"], Path.cwd(), "agent.run")
+        endpoint = ModelEndpoint(
+            os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"], os.environ["RAYGENT_MODEL"]
+        )
+        values = (json.loads(os.environ["RAYGENT_TASK"]), endpoint)
+        positional, named = arguments(agent, AGENT_OFFERS, values, "agent.run")
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    value = agent(*positional, **named)
+    if inspect.isawaitable(value):
+        value = asyncio.run(_await(value))
+    append_event(os.environ[EVENTS_FILE], {"table": "result", "value": plain(value)})
+    return 0
+
+
+async def _await(value):  # type: ignore[no-untyped-def]
+    return await value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""Runs the user's agent once, under its time limit: as a task, in a thread, or as a process; tells how it ended.
+
+Agents' code never runs on the worker's own event loop: coroutines share one loop in a thread of its own, a sync agent gets
+a thread to itself. A thread cannot be killed: one that outlives its limit is abandoned and counted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import inspect
+import threading
+import time
+import traceback
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from raygent.actors.subprocess_agent import CommandEnd, Supervised, last_line, run_command, stdout_span
+from raygent.agent import AGENT_OFFERS, ModelEndpoint, arguments, is_async, load_callable
+from raygent.config import Config
+from raygent.emit import finite, sink
+from raygent.records import Reward, Span, to_json
+
+CANCEL_S = 5.0  # for a cancelled coroutine to end
+KILL_S = 10.0  # for a killed process tree to be gone
+TEXT = 4000  # characters of an error that are kept, from its end
+
+
+class AgentExit(Exception):
+    """The agent called sys.exit()."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the agent ended: `value` where it returned, else `error`, a text whose last line says what it was."""
+
+    how: Literal["returned", "raised", "timeout"]
+    value: Any = None
+    error: str = ""
+    exception: BaseException | None = None  # of an agent in this process
+
+
+class Recorder:
+    """The rewards and spans of one attempt, from whatever thread; a closed one takes no more."""
+
+    def __init__(self, rollout_id: str, attempt: int, source: str) -> None:
+        self.of = (rollout_id, attempt, source)
+        self.rewards: list[Reward] = []
+        self.spans: list[Span] = []
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __call__(self, table: str, fields: dict[str, Any]) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            if table == "rewards":
+                fields = fields | {"components": to_json(fields["components"])}
+                self.rewards.append(Reward(*self.of, len(self.rewards), **fields))
+            else:
+                fields = fields | {"attributes": to_json(fields["attributes"])}
+                self.spans.append(Span(*self.of, len(self.spans), **fields))
+
+    def note(self, name: str, kind: str = "note", **attributes: Any) -> None:
+        now = time.time()
+        self("spans", {"kind": kind, "name": name, "attributes": attributes, "started": now, "finished": now})
+
+    def reward(self, value: float, components: dict[str, float], name: str = "reward") -> None:
+        self("rewards", {"value": value, "name": name, "agent": "", "components": components, "time": time.time()})
+
+    def emitted(self) -> float | None:
+        """The rollout's reward as the agent emitted it: the last "reward" for the whole, else the agents' mean."""
+        rewards = [reward for reward in self.rewards if reward.name == "reward"]
+        whole = [reward.value for reward in rewards if not reward.agent]
+        each = {reward.agent: reward.value for reward in rewards if reward.agent}
+        return whole[-1] if whole else sum(each.values()) / len(each) if each else None
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+
+
+class AgentRunner:
+    """`config.agent`, ready to be run many times at once. Raises ConfigError where it cannot be imported or called."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.agent: Callable[..., Any] | None = None
+        self.abandoned: list[threading.Thread] = []
+        self.stuck = False  # a coroutine blocks the agents' loop
+        if config.agent.run is not None and config.agent.in_ == "process":
+            self.agent = load_callable(config.agent.run, config.folder, "agent.run")
+            arguments(self.agent, AGENT_OFFERS, (None, None), "agent.run")
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="agents", daemon=True).start()
+
+    def worn(self, most: int) -> bool:
+        """Whether too much of what cannot be ended is left in this process."""
+        self.abandoned = [thread for thread in self.abandoned if thread.is_alive()]
+        return self.stuck or len(self.abandoned) >= most
+
+    async def on_agents_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+
+    async def run(self, task_input: Any, endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
+        """Run the agent to its end or its time limit. Cancelled, it stops the agent."""
+        if self.agent is None:
+            ended = await self._in_process(task_input, endpoint, recorder)
+        else:
+            positional, named = arguments(self.agent, AGENT_OFFERS, (task_input, endpoint), "agent.run")
+            way = self._as_task if is_async(self.agent) else self._in_thread
+            ended = await way(self.agent, positional, named, recorder)
+        if ended.how == "raised":
+            recorder.note("agent", kind="exception", error=ended.error)
+        return ended
+
+    async def _as_task(self, agent: Any, positional: list[Any], named: dict[str, Any], recorder: Recorder) -> Ended:
+        async def agents_own() -> Any:
+            sink.set(recorder)
+            try:
+                return await agent(*positional, **named)
+            except SystemExit as error:  # it would end the loop
+                raise AgentExit(f"the agent called sys.exit({error.code!r})") from error
+
+        async def limited() -> Ended:
+            task = asyncio.ensure_future(agents_own())
+            try:
+                done, _ = await asyncio.wait({task}, timeout=self.config.agent.timeout_s)
+            finally:
+                if not task.done():
+                    task.cancel()
+            if done:
+                return ended_of(task)
+            await asyncio.wait({task}, timeout=CANCEL_S)
+            return self._timeout()
+
+        ours = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(limited(), self.loop))
+        try:
+            return await asyncio.wait_for(ours, self.config.agent.timeout_s + 2 * CANCEL_S)
+        except TimeoutError:
+            self.stuck = True
+            return self._timeout(
+                "; an async agent blocked the event loop that all of them share: await, or make it sync"
+            )
+
+    async def _in_thread(self, agent: Any, positional: list[Any], named: dict[str, Any], recorder: Recorder) -> Ended:
+        def call() -> Any:
+            sink.set(recorder)
+            value = agent(*positional, **named)
+            return asyncio.run(_await(value)) if inspect.isawaitable(value) else value
+
+        thread, future = in_thread(call)
+        waiting = asyncio.wrap_future(future)
+        try:
+            done, _ = await asyncio.wait({waiting}, timeout=self.config.agent.timeout_s)
+        except asyncio.CancelledError:
+            self.abandoned.append(thread)
+            raise
+        if done:
+            return ended_of(future)
+        self.abandoned.append(thread)
+        return self._timeout()
+
+    async def _in_process(self, task_input: Any, endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
+        running: list[Supervised] = []
+        over = threading.Event()
+
+        def started(process: Supervised) -> None:
+            running.append(process)
+            if over.is_set():
+                process.stop()
+
+        began = time.time()
+        thread, future = in_thread(lambda: run_command(self.config, task_input, endpoint, started))
+        waiting = asyncio.wrap_future(future)
+        try:
+            in_time, _ = await asyncio.wait({waiting}, timeout=self.config.agent.timeout_s)
+        finally:
+            over.set()
+            for process in running:
+                process.stop()
+        await asyncio.wait({waiting}, timeout=KILL_S)
+        if not future.done():  # a process that not even SIGKILL ends
+            self.abandoned.append(thread)
+            return self._timeout()
+        if future.exception():
+            return ended_of(future)
+        end = future.result()
+        recorder("spans", stdout_span(end, began))
+        for event in end.events:
+            keep_event(event, recorder)
+        return read_end(end, self.config) if in_time else self._timeout()
+
+    def _timeout(self, why: str = "") -> Ended:
+        return Ended(
+            "timeout", error=f"the agent took more than agent.timeout_s = {self.config.agent.timeout_s:g} s{why}"
+        )
+
+
+def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, Future[Any]]:
+    """`call` in a daemon thread with a context of its own."""
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(contextvars.Context().run(call))
+        except SystemExit as error:
+            future.set_exception(AgentExit(f"the agent called sys.exit({error.code!r})"))
+        except BaseException as error:  # noqa: BLE001 - whatever the user's code raises is what the attempt ended in
+            future.set_exception(error)
+
+    thread = threading.Thread(target=run, name="agent", daemon=True)
+    thread.start()
+    return thread, future
+
+
+def ended_of(future: Any) -> Ended:
+    """Of a finished task or future."""
+    if future.cancelled():
+        return Ended("raised", error="CancelledError: the agent cancelled itself")
+    error = future.exception()
+    if error is None:
+        return Ended("returned", future.result())
+    return Ended("raised", error="".join(traceback.format_exception(error))[-TEXT:], exception=error)
+
+
+def read_end(end: CommandEnd, config: Config) -> Ended:
+    """What an ended process means."""
+    if end.code != 0:
+        return Ended(
+            "raised", error=f"{end.stderr[-TEXT:].rstrip()}\nthe agent's process ended with exit code {end.code}"
+        )
+    if config.agent.command is not None:
+        return Ended("returned", last_line(end.stdout))
+    results = [event for event in end.events if event["table"] == "result"]
+    if not results:
+        return Ended("raised", error="the agent's process ended before the agent returned (it called os._exit?)")
+    return Ended("returned", results[-1].get("value"))
+
+
+def keep_event(event: dict[str, Any], recorder: Recorder) -> None:
+    """A reward or span that a process wrote to its events file; what is malformed is noted instead."""
+    table, fields = event["table"], {key: value for key, value in event.items() if key != "table"}
+    if table == "result":
+        return
+    try:
+        if table == "rewards":
+            parts = {str(name): finite(part, "a component") for name, part in dict(fields["components"]).items()}
+            checked = {"value": finite(fields["value"], "a reward"), "components": parts}
+            texts, times = ["name", "agent"], ["time"]
+        else:
+            checked = {"attributes": fields["attributes"]}
+            texts, times = ["kind", "name"], ["started", "finished"]
+        checked |= {key: str(fields[key]) for key in texts} | {key: float(fields[key]) for key in times}
+    except (KeyError, TypeError, ValueError) as error:
+        recorder.note("malformed event", kind="exception", error=str(error))
+        return
+    recorder(table, checked)
+
+
+async def _await(value: Any) -> Any:
+    return await value

@@ -1,0 +1,267 @@
+"""The capture: vLLM's AsyncLLM with `generate()` wrapped, below every API, so that what is recorded is what was run.
+
+A call is appended to the store before its last output is handed on: no reply that a client received in full is
+unrecorded. When a client hangs up, the record is what was sampled until then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+from vllm.exceptions import VLLMServerError, VLLMValidationError
+from vllm.outputs import RequestOutput
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.output_processor import RequestState
+
+from raygent.actors.gateway import CallContext, current_call
+from raygent.records import CALLS, Call, to_batch
+
+logger = logging.getLogger("raygent.engine")
+
+# What changes the distribution so that the learner's plain softmax(logits / T) is not what was sampled from.
+PLAIN = {
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "min_tokens": 0,
+    "structured_outputs": None,
+    "logit_bias": None,
+    "allowed_token_ids": None,
+    "bad_words": None,
+    "thinking_token_budget": None,
+    "trace_decode_token_ids": None,
+}
+SAMPLING = ("n", "temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "seed")  # as the record tells them
+
+
+class NotRecorded(VLLMServerError):
+    """The store did not take a call: the client gets a 500, for the failure is ours and not its own."""
+
+
+@dataclass(frozen=True)
+class SamplingRules:
+    """How a run's config changes what a request asks for."""
+
+    temperature: float  # of train mode
+    grammar: str  # "mask" or "refuse", in train mode, what changes the distribution
+    max_tokens: int | None
+
+    def apply(self, asked: SamplingParams, mode: str) -> tuple[SamplingParams, str]:
+        """The parameters used, and why the call's tokens are not to be trained ("" where they are).
+
+        In train mode a seed of the framework's own is left out too: it would make a group's rollouts all alike.
+        """
+        params = asked.clone()
+        params.logprobs = params.logprobs or 0
+        if self.max_tokens is not None:
+            params.max_tokens = min(params.max_tokens or self.max_tokens, self.max_tokens)
+        if mode != "train":
+            return params, ""
+        params.temperature, params.top_p, params.top_k, params.min_p = self.temperature, 1.0, 0, 0.0
+        params.seed = None
+        odd = [name for name, plain in PLAIN.items() if (getattr(params, name) or plain) != plain]
+        if odd and self.grammar == "refuse":
+            raise VLLMValidationError(f'{odd[0]} changes what is sampled, and engine.grammar = "refuse"; leave it out')
+        return params, ", ".join(odd)
+
+
+class Recorder:
+    """Appends calls to the store; those that end at about the same time go in one message."""
+
+    def __init__(self, store: ActorHandle) -> None:
+        self.store = store
+        self.waiting: list[tuple[pa.RecordBatch, asyncio.Future[None]]] = []
+        self.flush: asyncio.Task[None] | None = None
+
+    async def append(self, calls: list[Call]) -> None:
+        """Returns when the store has written `calls`, one attempt's; raises NotRecorded where it refused them."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.waiting.append((to_batch(CALLS, calls), written))
+        if self.flush is None or self.flush.done():
+            self.flush = asyncio.create_task(self._flush())
+        await written
+
+    async def _flush(self) -> None:
+        while self.waiting:
+            taken, self.waiting = self.waiting, []
+            try:
+                await self._send([batch for batch, _ in taken])
+            except (
+                RayError
+            ):  # of one among them, perhaps: each by itself tells whose it is, and counts once if sent twice
+                await asyncio.gather(*(self._send_alone(batch, written) for batch, written in taken))
+                continue
+            for _, written in taken:
+                if not written.done():
+                    written.set_result(None)
+
+    async def _send_alone(self, batch: pa.RecordBatch, written: asyncio.Future[None]) -> None:
+        try:
+            await self._send([batch])
+        except RayError as error:
+            if not written.done():
+                written.set_exception(NotRecorded(str(error).splitlines()[-1]))
+            return
+        if not written.done():
+            written.set_result(None)
+
+    async def _send(self, batches: list[pa.RecordBatch]) -> None:
+        await self.store.append.remote("calls", pa.concat_batches(batches))
+
+
+class RunningCall:
+    """One generate() at work: what vLLM has of it, and under which policy version each of its tokens was sampled."""
+
+    def __init__(self, llm: CapturingLLM, context: CallContext, request_id: str, asked: SamplingParams) -> None:
+        self.llm, self.context, self.request_id = llm, context, request_id
+        self.params, odd = llm.rules.apply(asked, context.key.mode)
+        self.untrainable = context.untrainable or odd
+        self.version = llm.version  # in force when it began
+        self.borders: list[tuple[int, dict[int, int]]] = []  # a later version, the tokens each choice had before it
+        self.states: dict[int, RequestState] = {}  # by choice
+        self.finish_reasons: dict[int, str] = {}
+        self.started = time.time()
+        self.recording: asyncio.Task[None] | None = None
+
+    def sampled(self, choice: int) -> list[int]:
+        state = self.states.get(choice)
+        return list(state.detokenizer.output_token_ids) if state and state.detokenizer else []
+
+    def note_border(self, version: int) -> None:
+        self.borders.append((version, {choice: len(self.sampled(choice)) for choice in self.states}))
+
+    def note(self, output: RequestOutput) -> None:
+        for choice in output.outputs:
+            if choice.finish_reason:
+                self.finish_reasons[choice.index] = choice.finish_reason
+
+    def end(self) -> asyncio.Task[None] | None:
+        """Take the call down as it is now and stop what still runs of it, once. The task that appends the record."""
+        if self.llm.calls.pop(self.request_id, None) is None:
+            return self.recording
+        state = self.context.state
+        self.context.running.discard(self)
+        if self.context.api == "responses":
+            state.responses.add(self.request_id.rpartition("_")[0])
+        if any(of.request_id in self.llm.output_processor.request_states for of in self.states.values()):
+            _keep(self.llm.aborting, self.llm.abort(self.request_id))
+        sampling = json.dumps({name: getattr(self.params, name) for name in SAMPLING})
+        calls = [self._call(choice, sampling) for choice in sorted(self.states)]
+        if calls:
+            self.recording = _keep(state.recording, self.llm.recorder.append(calls))
+            self.recording.add_done_callback(_tell_failure)
+        self.llm.sampled_tokens += sum(len(call.response_token_ids) for call in calls)
+        return self.recording
+
+    def _call(self, choice: int, sampling: str) -> Call:
+        state, context, ids = self.states[choice], self.context, self.sampled(choice)
+        processor: Any = state.logprobs_processor
+        logprobs = zip(ids, processor.logprobs, strict=True)
+        versions = [self.version] * len(ids)
+        for version, tokens in self.borders:
+            before = tokens.get(choice, 0)
+            versions[before:] = [version] * (len(ids) - before)
+        self.context.state.recorded += 1
+        return Call(
+            rollout_id=context.key.rollout_id,
+            attempt=context.key.attempt,
+            source=self.llm.source,
+            source_sequence=context.state.recorded - 1,
+            request_id=self.request_id,
+            choice=choice,
+            agent=context.agent,
+            policy="policy",
+            api=context.api,
+            request=context.request,
+            prompt_token_ids=list(state.prompt_token_ids or []),
+            response_token_ids=ids,
+            logprobs=[entry[token].logprob for token, entry in logprobs],
+            policy_versions=versions,
+            sampling=sampling,
+            temperature=self.params.temperature,
+            finish_reason=self.finish_reasons.get(choice, "abort"),
+            trainable=not self.untrainable,
+            untrainable_why=self.untrainable,
+            started=self.started,
+            finished=time.time(),
+        )
+
+
+class States(dict):
+    """vLLM's table of the requests it runs, which tells of each that is added: no other place sees every one in time."""
+
+    def __init__(self, added: Callable[[RequestState], None]) -> None:
+        super().__init__()
+        self.added = added
+
+    def __setitem__(self, request_id: str, state: RequestState) -> None:
+        super().__setitem__(request_id, state)
+        self.added(state)
+
+
+class CapturingLLM(AsyncLLM):
+    """`attach()` before the first request."""
+
+    def attach(self, recorder: Recorder, source: str, rules: SamplingRules) -> None:
+        self.recorder, self.source, self.rules = recorder, source, rules
+        self.version = -1  # of what is sampled from now on
+        self.calls: dict[str, RunningCall] = {}
+        self.aborting: set[asyncio.Task[None]] = set()
+        self.sampled_tokens = 0
+        self.output_processor.request_states = States(self._added)
+
+    def _added(self, state: RequestState) -> None:
+        if call := self.calls.get(state.external_req_id):
+            call.states[state.request_index] = state
+
+    def note_border(self, version: int) -> None:
+        """At a pause, when no token is on its way: from here on tokens are of `version`."""
+        self.version = version
+        for call in self.calls.values():
+            call.note_border(version)
+
+    async def generate(  # type: ignore[override]
+        self, prompt: Any, sampling_params: SamplingParams, request_id: str, **rest: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        context = current_call.get()
+        if context is None:  # vLLM's own warm-up
+            async for output in super().generate(prompt, sampling_params, request_id, **rest):
+                yield output
+            return
+        if context.over:
+            raise asyncio.CancelledError("the client has hung up")
+        call = self.calls[request_id] = RunningCall(self, context, request_id, sampling_params)
+        context.running.add(call)
+        try:
+            async with aclosing(super().generate(prompt, call.params, request_id, **rest)) as outputs:
+                async for output in outputs:
+                    call.note(output)
+                    if output.finished and (recording := call.end()):
+                        await asyncio.shield(recording)
+                    yield output
+        finally:
+            call.end()
+
+
+def _keep(tasks: set[asyncio.Task[None]], work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """`work` as a task that stands in `tasks` until it is done."""
+    task = asyncio.create_task(work)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
+
+
+def _tell_failure(recording: asyncio.Task[None]) -> None:
+    if not recording.cancelled() and (error := recording.exception()):
+        logger.warning("a call is not recorded: %s", error)

@@ -1,0 +1,283 @@
+"""The engine: a Ray Serve deployment around vLLM's AsyncLLM, serving vLLM's own app behind the gateway.
+
+A replica owns one EngineCore process, which ends with it. It may be asked: `status`, `close_attempts`, and an update of
+its weights (`begin_update`, `weights` several times, `finish_update`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import ray
+import torch
+from ray import serve
+
+from raygent.actors.gateway import Gateway
+from raygent.actors.weight_transfer import BACKEND, node_name
+from raygent.agent import POLICY
+from raygent.config import Config
+
+logger = logging.getLogger("raygent.engine")
+KEY_SLACK_S = 600.0  # a key lives agent.timeout_s and some more
+
+
+def environment(config: Config) -> dict[str, str]:
+    """Environment variables of a replica: quiet, local, and on a CPU the settings without which vLLM is slow or fails."""
+    quiet = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_ENABLE_RESPONSES_API_STORE": "1",  # for previous_response_id; an attempt's responses go with it
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    if config.model.path.startswith("/"):
+        quiet |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    if config.engine.gpus:
+        return quiet
+    return quiet | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # else the executor is one more process; EngineCore is one in any case
+        "OMP_NUM_THREADS": str(config.engine.threads),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+
+
+def vllm_flags(config: Config, model: str) -> list[str]:
+    """The arguments vLLM's own parser takes, as `vllm serve` would be given them."""
+    settings: dict[str, Any] = {
+        "model": model,
+        "served_model_name": POLICY,
+        "dtype": config.engine.dtype or config.learner.dtype,
+        "max_model_len": config.model.context,
+        "generation_config": "vllm",
+        "logprobs_mode": "processed_logprobs",
+        "seed": config.run.seed,
+        "tool_call_parser": config.model.tool_parser,
+        "enable_auto_tool_choice": bool(config.model.tool_parser),
+        "reasoning_parser": config.model.reasoning_parser,
+        "chat_template": config.model.chat_template,
+        "weight_transfer_config": {"backend": "nccl" if config.engine.gpus else BACKEND},
+        "enable_log_requests": False,
+        "disable_uvicorn_access_log": True,
+    }
+    if config.engine.gpus:
+        settings["tensor_parallel_size"] = config.engine.gpus
+    else:
+        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 256 * 2**20, "max_num_seqs": 128}
+    settings |= config.engine.vllm_arguments()
+    return [word for name, value in settings.items() if value is not None for word in _flag(name, value)]
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    name = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list):
+        return [f"--{name}", *map(str, value)]
+    return [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
+
+
+@serve.deployment(
+    name="Engine",
+    max_ongoing_requests=10_000,
+    health_check_period_s=5,
+    health_check_timeout_s=30,
+    graceful_shutdown_timeout_s=2,
+    logging_config={"log_level": "WARNING", "enable_access_log": False},
+)
+@serve.ingress()
+class Engine:
+    """A replica comes up at version -1 and takes no model calls before it is told that the weights in `model` are those in
+    force (`adopt`), or is given them (an update): so one that replaces another never samples from old weights."""
+
+    def __init__(self, config: Config, secret: str, store_name: str, namespace: str, model: str) -> None:
+        self.config, self.secret, self.model = config, secret, model
+        self.store = ray.get_actor(store_name, namespace)
+        self.source = serve.get_replica_context().replica_id.unique_id
+        self.version = -1
+        self.updating: int | None = None  # the version an update is to bring; paused meanwhile
+        self.paused = False
+        self.begun = False  # vLLM is inside an update of its weights
+        self.holds: int | None = -1  # the version of the weights; None from an update's start to its finish
+        self.parameters: dict[str, list[int]] = {}  # name and shape of what an update has to bring
+        self.lock = asyncio.Lock()
+
+    async def __serve_build_asgi_app__(self) -> Gateway:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.launchers.api_server.app_state import init_app_state
+        from vllm.entrypoints.launchers.app import build_app
+        from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        from raygent.actors.capture import CapturingLLM, Recorder, SamplingRules
+
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args(vllm_flags(self.config, self.model))
+        validate_parsed_serve_args(args)
+        llm = CapturingLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
+        assert isinstance(llm, CapturingLLM)
+        self.llm = llm
+        tasks = await self.llm.get_supported_tasks()
+        app = build_app(args, tasks, self.llm.model_config)
+        await init_app_state(self.llm, app.state, args, tasks)
+        app.state.server = SimpleNamespace(should_exit=False)  # else vLLM's error handling hides the engine's own error
+        engine = self.config.engine
+        rules = SamplingRules(engine.temperature, engine.grammar, self.config.model.max_tokens)
+        self.llm.attach(Recorder(self.store), self.source, rules)
+        await self.llm.reset_mm_cache()
+        self.responses = app.state.openai_serving_responses
+        self.gateway = Gateway(
+            app,
+            self.secret,
+            self.config.agent.max_calls,
+            lambda: self.version >= 0,
+            2 * self.config.agent.timeout_s + KEY_SLACK_S,
+            self.config.model.max_tokens,
+        )
+        return self.gateway
+
+    async def check_health(self) -> None:
+        if hasattr(self, "llm"):
+            await self.llm.check_health()
+
+    async def status(self) -> dict[str, Any]:
+        """`source` names the replica; `running` requests; `sampled_tokens` since it started."""
+        return {
+            "source": self.source,
+            "pid": os.getpid(),
+            "version": self.version,
+            "node": node_name(),
+            "running": len(self.llm.output_processor.request_states),
+            "sampled_tokens": self.llm.sampled_tokens,
+        }
+
+    async def close_attempts(
+        self, attempts: list[tuple[str, int]]
+    ) -> tuple[str, dict[tuple[str, int], dict[str, Any]]]:
+        """End the attempts: refuse their keys, cancel what they have in flight, and wait until it is recorded.
+
+        Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls"}.
+        """
+        states = {key: self.gateway.end_attempt(*key) for key in attempts}
+        while any(state.tasks or state.recording for state in states.values()):
+            await asyncio.sleep(0.005)
+        for state in states.values():
+            for response in state.responses:
+                self.responses.response_store.pop(response, None)
+                self.responses.msg_store.pop(response, None)
+            state.responses.clear()
+        return self.source, {
+            key: {"calls": state.recorded, "overflow": state.overflow, "over_max_calls": state.over_max_calls}
+            for key, state in states.items()
+        }
+
+    # the weights
+
+    async def adopt(self, version: int) -> None:
+        """The weights this replica loaded when it started are those of `version`."""
+        if self.version < 0 and not self.paused:
+            self.version = self.holds = version
+            self.llm.note_border(version)
+
+    async def begin_update(self, version: int) -> dict[str, Any]:
+        """Pause, unless the replica serves `version` already. Asked again it answers the same and notes no second border.
+
+        "parameters" are the names and shapes that an update has to have, "workers" the processes that take it.
+        """
+        async with self.lock:
+            if not self.parameters:
+                self.parameters = await asyncio.to_thread(_parameters, self.llm.model_config.hf_config)
+            about = {
+                "source": self.source,
+                "node": node_name(),
+                "current": self.version == version and not self.paused,
+                "parameters": self.parameters,
+                "workers": self.llm.vllm_config.parallel_config.world_size,
+            }
+            if about["current"]:
+                return about
+            if not self.paused:
+                await self.llm.pause_generation(mode="keep", clear_cache=True)
+                await self._drain()
+                self.paused = True
+            if self.updating != version:
+                self.llm.note_border(version)
+                self.updating = version
+            return about
+
+    async def _drain(self) -> None:
+        """Every token the engine sampled before the pause has been handed to its request: vLLM's output handler has taken
+        all there is and waits for more."""
+        queue = self.llm.engine_core.outputs_queue  # type: ignore[attr-defined]
+        while queue.qsize() or not queue._getters:
+            await self.llm.check_health()
+            await asyncio.sleep(0.001)
+
+    async def weights(self, step: str, payload: dict[str, Any] | list[dict[str, Any]]) -> None:
+        """A step of an update: vLLM's own init, start, update and finish, or cancel. A current replica takes no part.
+
+        An update that broke off is begun anew; until one was finished the replica stays paused, for what it holds are
+        weights of two versions. `cancel` lets it go on where nothing was sent yet.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+        async with self.lock:
+            if not self.paused:
+                return
+            if step == "cancel":
+                if self.holds is not None:
+                    self.llm.note_border(self.holds)
+                    await self._resume(self.holds)
+            elif step == "init":
+                assert isinstance(payload, dict)
+                await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(self._ranked(payload)))
+            elif step == "start":
+                if self.begun:
+                    await self._finish()
+                self.holds = None
+                await self.llm.start_weight_update()
+                self.begun = True
+            elif step == "update":
+                self.begun = False  # vLLM ends the update where this raises
+                await self.llm.update_weights(WeightTransferUpdateRequest(payload))
+                self.begun = True
+            else:
+                await self._finish()
+                self.holds = self.updating
+
+    async def _finish(self) -> None:
+        self.begun = False
+        await self.llm.finish_weight_update(str(self.updating))
+
+    def _ranked(self, init: dict[str, Any]) -> dict[str, Any]:
+        """NCCL's init: the workers of each replica named in "replicas" follow those of the one before."""
+        replicas: list[str] = init["replicas"]
+        before = self.llm.vllm_config.parallel_config.world_size * replicas.index(self.source)
+        kept = {name: value for name, value in init.items() if name != "replicas"}
+        return kept | {"rank_offset": init["rank_offset"] + before}
+
+    async def finish_update(self, version: int) -> None:
+        """Go on under the new weights: running requests are prefilled again, no old key or value is mixed in."""
+        async with self.lock:
+            if not self.paused:
+                return
+            if self.holds != version:
+                raise RuntimeError(f"the weights of version {version} have not arrived: push them again")
+            await self._resume(version)
+
+    async def _resume(self, version: int) -> None:
+        await self.llm.resume_generation()
+        self.version, self.paused, self.updating = version, False, None
+
+
+def _parameters(hf_config: Any) -> dict[str, list[int]]:
+    """Name and shape of each parameter as a learner that loads this model has them; no memory is taken for them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(hf_config)
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}

@@ -1,0 +1,362 @@
+"""The gateway: a thin ASGI layer inside the engine replica's app. It lets in who has an attempt's key, tells which agent
+calls, and answers in the vendor's own error shape.
+
+A key is stateless: what it is for, signed (HMAC-SHA256). It stands in the path, as api key, or both:
+
+    {route}/a/KEY/v1/chat/completions
+    {route}/a/KEY/agent/NAME/v1/messages
+    {route}/v1/responses                      with the key as `Authorization: Bearer` or `x-api-key`
+
+The agent's name is the path segment, else the header `x-raygent-agent`, else the model name it asks for where that is not
+the served policy's, else "agent".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+import re
+import time
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from raygent.agent import POLICY
+
+APIS = {
+    "/v1/chat/completions": "chat",
+    "/v1/completions": "completions",
+    "/v1/responses": "responses",
+    "/v1/messages": "messages",
+}
+UNRECORDED = ("/v1/models", "/v1/messages/count_tokens")  # need a key, sample nothing
+MAX_BODY_BYTES = 64 * 2**20
+KEY_LIFE_S = 86_400.0
+SWEEP_AT = 1024  # attempts remembered before the first look for those whose keys have expired
+PATH = re.compile(r"^/a/(?P<key>[^/]+)(?:/agent/(?P<agent>[^/]+))?(?P<rest>/.*)$", re.DOTALL)
+OVERFLOW = re.compile(r"maximum (context|model) length|context length|max_model_len", re.IGNORECASE)
+MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+REFUSED = {
+    "use_beam_search": "beam search does not sample from the policy; leave it out",
+    "background": "a call ends with its request; leave background out",
+}
+
+
+class KeyRefused(Exception):
+    """The key is missing, forged, foreign or over."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a key lets in: one attempt of one rollout, until `expires` (Unix seconds)."""
+
+    rollout_id: str
+    attempt: int
+    mode: str
+    expires: float
+
+
+def mint_key(secret: str, rollout_id: str, attempt: int, mode: str, expires: float) -> str:
+    payload = json.dumps([rollout_id, attempt, mode, round(expires, 3)], separators=(",", ":")).encode()
+    return f"rg-{_encode(payload)}.{_encode(_sign(secret, payload))}"
+
+
+def read_key(secret: str, key: str) -> Key:
+    """The key's content. Raises KeyRefused where it was not minted with `secret` or has expired."""
+    body, dot, signature = key.removeprefix("rg-").partition(".")
+    try:
+        payload, signed = _decode(body), _decode(signature)
+    except ValueError as error:
+        raise KeyRefused("this is no key of this run") from error
+    if not dot or not hmac.compare_digest(signed, _sign(secret, payload)):
+        raise KeyRefused("this is no key of this run")
+    found = Key(*json.loads(payload))
+    if found.expires < time.time():
+        raise KeyRefused("this attempt's time is over")
+    return found
+
+
+def _sign(secret: str, payload: bytes) -> bytes:
+    return hmac.new(secret.encode(), payload, hashlib.sha256).digest()[:18]
+
+
+def _encode(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def _decode(text: str) -> bytes:
+    return base64.b64decode(text.encode() + b"=" * (-len(text) % 4), altchars=b"-_", validate=True)
+
+
+@dataclass
+class AttemptState:
+    """What one replica knows of one attempt."""
+
+    expires: float  # when its keys are over: from then on it may be forgotten
+    requests: int = 0  # let in
+    recorded: int = 0  # calls appended to the store: the next source_sequence
+    overflow: bool = False  # a request did not fit the context
+    over_max_calls: bool = False  # a request was refused for agent.max_calls
+    ended: bool = False
+    tasks: set[asyncio.Task] = field(default_factory=set)  # requests not answered yet
+    recording: set[asyncio.Task] = field(default_factory=set)  # calls on their way to the store
+    responses: set[str] = field(default_factory=set)  # ids of what the Responses API keeps for it
+
+
+class Running(Protocol):
+    """A generation at work (capture.RunningCall)."""
+
+    def end(self) -> object:
+        """Stop it and record what was sampled until now; nothing where it has ended."""
+
+
+@dataclass
+class CallContext:
+    """What the capture must know of the HTTP request a generation belongs to."""
+
+    key: Key
+    state: AttemptState
+    agent: str
+    api: str
+    request: str  # the body as the client sent it
+    untrainable: str = ""  # why nothing sampled for this request may be trained on
+    running: set[Running] = field(default_factory=set)
+    over: bool = False  # answered, or hung up: nothing may be sampled any more
+
+
+current_call: ContextVar[CallContext | None] = ContextVar("raygent_call", default=None)
+
+
+class Gateway:
+    """ASGI middleware around vLLM's app. `ready()` tells whether the replica's weights are current.
+
+    A key that lives longer than `key_life_s` from now is refused: so an attempt that ended can be forgotten after that time.
+    Where a request asks for more than `max_tokens` tokens, it gets these.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        secret: str,
+        max_calls: int,
+        ready: Callable[[], bool],
+        key_life_s: float = KEY_LIFE_S,
+        max_tokens: int | None = None,
+    ) -> None:
+        self.app, self.secret, self.max_calls, self.ready = app, secret, max_calls, ready
+        self.key_life_s, self.max_tokens = key_life_s, max_tokens
+        self.attempts: dict[tuple[str, int], AttemptState] = {}
+        self.sweep_at = SWEEP_AT
+
+    def attempt(self, rollout_id: str, attempt: int, expires: float) -> AttemptState:
+        """The attempt's state, kept at least until `expires`."""
+        if len(self.attempts) >= self.sweep_at:
+            now = time.time()
+            self.attempts = {
+                key: state
+                for key, state in self.attempts.items()
+                if state.expires >= now or state.tasks or state.recording
+            }
+            self.sweep_at = max(SWEEP_AT, 2 * len(self.attempts))
+        state = self.attempts.setdefault((rollout_id, attempt), AttemptState(expires))
+        state.expires = max(state.expires, expires)
+        return state
+
+    def end_attempt(self, rollout_id: str, attempt: int) -> AttemptState:
+        """From here on the attempt's key is refused and what it has in flight is cancelled."""
+        state = self.attempt(rollout_id, attempt, time.time() + self.key_life_s)
+        state.ended = True
+        for task in state.tasks:
+            task.cancel()
+        return state
+
+    def _let_in(self, token: str) -> tuple[Key, AttemptState]:
+        key = read_key(self.secret, token)
+        if key.expires > time.time() + self.key_life_s:
+            raise KeyRefused(f"this key lives longer than {self.key_life_s:g} s from now")
+        state = self.attempt(key.rollout_id, key.attempt, key.expires)
+        if state.ended:
+            raise KeyRefused("this attempt has ended; its key is refused")
+        return key, state
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        headers = {name.decode("latin1").lower(): value.decode("latin1") for name, value in scope["headers"]}
+        matched = PATH.match(path)
+        rest = matched["rest"] if matched else path
+        refuse = Refusal(send, anthropic=rest.startswith("/v1/messages"))
+        try:
+            key, state = self._let_in(matched["key"] if matched else _api_key(headers))
+        except KeyRefused as error:
+            return await refuse(401, "authentication_error", f"{error}; use the base_url and api_key of your attempt")
+        api = APIS.get(rest)
+        if api is None and rest not in UNRECORDED:
+            return await refuse(404, "not_found_error", f"no {rest} here; there are {', '.join([*APIS, *UNRECORDED])}")
+        if scope["method"] == "GET":
+            return await self.app(_at(scope, rest, headers), receive, send)
+        if not self.ready():
+            return await refuse(
+                503, "overloaded_error", "this replica waits for the current weights", {"retry-after": "1"}
+            )
+        body = await _body(receive)
+        if body is None:
+            return await refuse(413, "request_too_large", f"a request has at most {MAX_BODY_BYTES >> 20} MiB")
+        try:
+            request = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            return await refuse(400, "invalid_request_error", f"the body is not JSON: {error}")
+        if not isinstance(request, dict):
+            return await refuse(400, "invalid_request_error", "the body must be a JSON object")
+        for name, why in REFUSED.items():
+            if request.get(name):
+                return await refuse(400, "invalid_request_error", f"{name}: {why}")
+        if state.ended:  # while the body was on its way
+            return await refuse(401, "authentication_error", "this attempt has ended; its key is refused")
+        if api and state.requests >= self.max_calls:
+            state.over_max_calls = True
+            message = f"agent.max_calls: this attempt has made its {self.max_calls} calls"
+            return await refuse(429, "raygent_max_calls", message, {"x-should-retry": "false"})
+        state.requests += bool(api)
+        agent = (matched and matched["agent"]) or headers.get("x-raygent-agent") or _named(request)
+        only_prompt = api == "completions" and request.get("echo") and request.get("max_tokens") == 0
+        context = CallContext(
+            key,
+            state,
+            agent.encode("utf-8", "replace").decode(),
+            api or "",
+            body.decode("utf-8", "replace"),
+            "prompt_logprobs_only" if only_prompt else "",
+        )
+        request["model"] = POLICY
+        request.pop("request_id", None)  # vLLM would make it its own, and calls of one id would be one to the capture
+        for name in MAX_TOKENS if self.max_tokens else ():
+            if isinstance(request.get(name), int):
+                request[name] = min(request[name], self.max_tokens)
+        changed = json.dumps(request).encode()
+        await self._serve(_at(scope, rest, headers), changed, receive, send, context, refuse)
+
+    async def _serve(
+        self, scope: dict, body: bytes, receive: Callable, send: Callable, context: CallContext, refuse: Refusal
+    ) -> None:
+        """Pass the request on to vLLM's app. When that returns, whatever it still had running is ended and recorded."""
+        sent = False
+
+        async def replay() -> dict:
+            nonlocal sent
+            if not sent:
+                sent = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            return await receive()  # a hang-up
+
+        refused: dict | None = (
+            None  # the start of a 400, held back until its body tells whether it is a context overflow
+        )
+        told = b""
+
+        async def watch(message: dict) -> None:
+            nonlocal refused, told
+            if message["type"] == "http.response.start" and message["status"] == 400:
+                refused = message
+                return
+            if refused is None:
+                return await send(message)
+            told += message.get("body", b"")
+            if message.get("more_body"):
+                return
+            if found := _overflow(told):
+                context.state.overflow = True
+                return await refuse.overflow(found)
+            await send(refused)
+            await send({"type": "http.response.body", "body": told})
+
+        task = asyncio.current_task()
+        assert task is not None
+        token = current_call.set(context if context.api else None)
+        context.state.tasks.add(task)
+        try:
+            await self.app(scope, replay, watch)
+        finally:
+            context.over = True
+            for call in list(context.running):
+                call.end()
+            context.state.tasks.discard(task)
+            current_call.reset(token)
+
+
+class Refusal:
+    """Answers in the shape that the vendor's client turns into its own exception."""
+
+    def __init__(self, send: Callable, anthropic: bool) -> None:
+        self.send, self.anthropic = send, anthropic
+
+    async def __call__(self, status: int, kind: str, message: str, headers: dict[str, str] | None = None) -> None:
+        error: dict[str, Any] = {"type": kind, "message": message}
+        whole = (
+            {"type": "error", "error": error} if self.anthropic else {"error": error | {"code": kind, "param": None}}
+        )
+        await self._send(status, whole, headers or {})
+
+    async def overflow(self, message: str) -> None:
+        """A context overflow in the words by which each vendor's clients and frameworks know it."""
+        kind = "invalid_request_error"
+        if self.anthropic:
+            error: dict[str, Any] = {"type": kind, "message": f"prompt is too long: {message}"}
+            return await self._send(400, {"type": "error", "error": error}, {})
+        error = {"type": kind, "message": message, "param": "messages", "code": "context_length_exceeded"}
+        await self._send(400, {"error": error}, {})
+
+    async def _send(self, status: int, whole: dict, headers: dict[str, str]) -> None:
+        fields = {"content-type": "application/json"} | headers
+        raw = [(name.encode(), value.encode()) for name, value in fields.items()]
+        await self.send({"type": "http.response.start", "status": status, "headers": raw})
+        await self.send({"type": "http.response.body", "body": json.dumps(whole).encode()})
+
+
+def _api_key(headers: dict[str, str]) -> str:
+    scheme, _, token = headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token.strip() else headers.get("x-api-key", "")
+
+
+def _named(request: dict) -> str:
+    """The agent that the request names by the model it asks for."""
+    model = request.get("model")
+    return model if isinstance(model, str) and model not in ("", POLICY) else "agent"
+
+
+def _overflow(body: bytes) -> str:
+    """What vLLM says of a request that does not fit the context; "" where it is another error."""
+    try:
+        error = json.loads(body).get("error", {})
+    except (ValueError, AttributeError):
+        return ""
+    message = error.get("message") if isinstance(error, dict) else None
+    return message if isinstance(message, str) and OVERFLOW.search(message) else ""
+
+
+def _at(scope: dict, path: str, headers: dict[str, str]) -> dict:
+    """`scope` as vLLM's app sees it: no key in the path, no credentials, no request id of the client's, the body's length
+    left to be found."""
+    dropped = ("authorization", "x-api-key", "content-length", "x-raygent-agent", "x-request-id")
+    kept = [(name.encode(), value.encode("latin1")) for name, value in headers.items() if name not in dropped]
+    return scope | {"path": path, "raw_path": path.encode(), "root_path": "", "headers": kept}
+
+
+async def _body(receive: Callable) -> bytes | None:
+    chunks, size = [], 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return b""
+        chunks.append(message.get("body", b""))
+        size += len(chunks[-1])
+        if size > MAX_BODY_BYTES:
+            return None
+        if not message.get("more_body"):
+            return b"".join(chunks)

@@ -1,0 +1,407 @@
+"""The learners: a DeepSpeed group, one Ray actor a rank, and the driver's end of it, LearnerGroup.
+
+A rank owns its shard of the weights and of the optimiser. It may be asked: `step`, `logprobs`, `push`, `save`.
+Gradients: with a batch's weights summing to 1, the loss is a sum over tokens, micro-batches and ranks. DeepSpeed divides
+by the gradient-accumulation steps, which is off here, and takes the mean over ranks, which `backward` makes up for.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import ActorDiedError, RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from raygent.actors.micro_batches import MicroBatch, deal, micro_batches
+from raygent.algorithms.loss import kl_loss, policy_loss
+from raygent.config import Config, check_loss
+from raygent.records import Sample
+
+logger = logging.getLogger("raygent")
+PLACEMENT_DEADLINE_S = 1800.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class LearnerLost(RuntimeError):
+    """A rank died: the group is of no more use, the last checkpoint is."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: weights as transformers and vLLM load them, and the optimiser's state in `optimiser/`."""
+
+    path: Path
+    step: int
+    version: int
+
+
+def latest_checkpoint(run_directory: Path) -> Checkpoint | None:
+    """The complete checkpoint with the most steps: a folder gets its name only once all of it is written."""
+    found = []
+    for path in (run_directory / "checkpoints").glob("step-*"):
+        about = json.loads((path / "raygent.json").read_text())
+        found.append(Checkpoint(path, about["step"], about["version"]))
+    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+
+
+class Learner:
+    """One rank. `start` once, after all ranks are there."""
+
+    def __init__(self, config: Config, rank: int) -> None:
+        self.config, self.rank, self.ranks = config, rank, config.learner.ranks
+
+    def address(self) -> tuple[str, int]:
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def start(self, host: str, port: int, checkpoint: Checkpoint | None) -> None:
+        """Join the group and load the weights: the checkpoint's with its optimiser, else model.path."""
+        import deepspeed
+        import deepspeed.ops
+        from transformers import AutoModelForCausalLM
+
+        settings = self.config.learner
+        torch.set_num_threads(settings.threads)
+        torch.manual_seed(self.config.run.seed)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles for a minute
+        os.environ.update(
+            MASTER_ADDR=host, MASTER_PORT=str(port), RANK=str(self.rank), WORLD_SIZE=str(self.ranks), LOCAL_RANK="0"
+        )
+        self.device = torch.device("cuda", 0) if settings.gpus else torch.device("cpu")
+        deepspeed.init_distributed("nccl" if settings.gpus else "gloo", auto_mpi_discovery=False, verbose=False)
+        dtype = DTYPES[settings.dtype]
+        path = str(checkpoint.path) if checkpoint else self.config.model.path
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        if settings.gradient_checkpointing:
+            checkpoint_activations(model)
+        optimiser = torch.optim.AdamW(
+            model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+        self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser, config=self._deepspeed_config())
+        self.reference = None
+        if self.config.algorithm.kl > 0:
+            self.reference = AutoModelForCausalLM.from_pretrained(self.config.model.path, dtype=dtype).eval()
+            torch.nn.Module.to(self.reference, self.device)
+            self.reference.requires_grad_(False)
+        if checkpoint:
+            loaded, _ = self.engine.load_checkpoint(str(checkpoint.path), tag="optimiser")
+            if loaded is None:
+                raise RuntimeError(f"{checkpoint.path}/optimiser does not load")
+        self._note(start=checkpoint.step if checkpoint else 0)
+
+    def _note(self, **fields: Any) -> None:
+        """A line in the run's `learner.jsonl`, by rank 0: each start and the step it goes on from, each step applied."""
+        if self.rank == 0:
+            self.config.run_directory.mkdir(parents=True, exist_ok=True)
+            with (self.config.run_directory / "learner.jsonl").open("a") as file:
+                file.write(json.dumps(fields) + "\n")
+
+    def _deepspeed_config(self) -> dict[str, Any]:
+        settings = self.config.learner
+        return {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_accumulation_steps": 1,
+            "prescale_gradients": False,
+            "gradient_clipping": settings.clip_gradient,
+            "zero_optimization": {"stage": settings.zero_stage, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "bf16": {"enabled": settings.dtype == "bfloat16"},
+            # ZeRO-0 knows no other accumulation than in the weights' own dtype
+            "data_types": {"grad_accum_dtype": "fp32" if settings.zero_stage else None},
+            "steps_per_print": 10**9,
+            "wall_clock_breakdown": False,
+        }
+
+    def step(self, samples: list[Sample], step: int) -> dict[str, float]:
+        """`algorithm.mini_batches` optimiser steps on this rank's share of `samples` (every rank gets them all).
+
+        Returns the metrics of the whole group, the same on each rank. The first mini-batch is seen before any update, so
+        `mismatch_*` is |engine - learner| logprob under equal weights.
+        """
+        started = time.monotonic()
+        sums: dict[str, float] = {}
+        gaps: list[np.ndarray] = []
+        norms = []
+        self._set_learning_rate(step)
+        parts = _mini_batches(samples, self.config.algorithm.mini_batches)
+        for number, part in enumerate(parts):
+            self.backward(part, sums, gaps if number == 0 else None)
+            norms.append(self._update())
+        self._note(step=step, rollouts=sorted({sample.rollout_id for sample in samples}))
+        metrics = self._reduced(sums, len(parts)) | self._mismatch(gaps)
+        metrics |= {
+            "gradient_norm": float(np.mean(norms)) if norms else 0.0,
+            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
+            "learn_tokens_per_s": float(sum(len(sample) for sample in samples)) / (time.monotonic() - started),
+        }
+        return metrics
+
+    def backward(self, samples: list[Sample], sums: dict[str, float], gaps: list[np.ndarray] | None = None) -> None:
+        """Accumulate the gradient of the loss over all of `samples` (weights sum to 1 after this scales them)."""
+        total = sum(sample.weight * int(sample.loss_mask.sum()) for sample in samples)
+        scale = 1.0 / total if total > 0 else 0.0
+        mine = micro_batches(deal(samples, self.ranks), self.rank, self.config.learner.micro_batch_tokens)
+        for place, batch in enumerate(mine):
+            self.engine.set_gradient_accumulation_boundary(place == len(mine) - 1)
+            loss = self._loss(batch.to(self.device), scale, sums, gaps)
+            self.engine.backward(loss * self.ranks, scale_wrt_gas=False)
+
+    def _update(self) -> float:
+        """The optimiser's step. Returns the norm of the whole gradient before clipping."""
+        # DeepSpeed tells the norm only where an optimiser of its own stands around torch's
+        plain = [parameter.grad for parameter in self.engine.module.parameters() if parameter.grad is not None]
+        norm = None if hasattr(self.engine.optimizer, "_global_grad_norm") else torch.nn.utils.get_total_norm(plain)
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    def _loss(
+        self, batch: MicroBatch, scale: float, sums: dict[str, float], gaps: list[np.ndarray] | None
+    ) -> torch.Tensor:
+        algorithm = self.config.algorithm
+        logprobs, entropy = self._token_logprobs(self.engine, batch)
+        weights = batch.weights * scale
+        loss, told = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, weights, algorithm)
+        mask = batch.mask
+        with torch.no_grad():
+            count = float(mask.sum())
+            difference = (logprobs - batch.logprobs)[mask]
+            _add(sums, "loss", float(loss))
+            _add(sums, "tokens", count)
+            _add(sums, "entropy", float(entropy[mask].sum()))
+            _add(sums, "clip_fraction", told.get("actor/pg_clipfrac", 0.0) * count)
+            _add(sums, "kl_old", float((difference.exp() - 1 - difference).sum()))
+            if gaps is not None:
+                gaps.append(difference.abs().float().cpu().numpy())
+        if algorithm.entropy:
+            loss = loss - algorithm.entropy * (entropy * mask * weights).sum()
+        if self.reference is not None:
+            with torch.no_grad():
+                reference, _ = self._token_logprobs(self.reference, batch)
+            penalty = kl_loss(logprobs, reference, mask, weights, algorithm.kl_kind)
+            _add(sums, "kl_reference", float((logprobs - reference).detach()[mask].sum()))
+            loss = loss + algorithm.kl * penalty
+        return loss
+
+    def _token_logprobs(self, model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each masked token given those before it, and the entropy there: float32 [B, T], else 0.
+
+        At the temperature each token was sampled at, as the engine's processed logprobs are. The float32 copies of the
+        logits are as large as the vocabulary, so they are made of the masked tokens alone.
+        """
+        chosen = batch.mask[:, 1:]
+        logits = model(input_ids=batch.token_ids, use_cache=False).logits[:, :-1][chosen].float()
+        normalised = (logits / batch.temperature[:, 1:][chosen][:, None]).log_softmax(-1)
+        picked = normalised.gather(-1, batch.token_ids[:, 1:][chosen][:, None])[:, 0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.algorithm.entropy != 0):
+            entropy = -(normalised.exp() * normalised).sum(-1)
+        nothing, pad = torch.zeros_like(batch.logprobs[:, 1:]), torch.nn.functional.pad
+        return pad(nothing.masked_scatter(chosen, picked), (1, 0)), pad(nothing.masked_scatter(chosen, entropy), (1, 0))
+
+    @torch.no_grad()
+    def logprobs(self, samples: list[Sample]) -> list[np.ndarray]:
+        """This rank's share: each sample's place in `samples` and the learner's logprobs, float32 [T], 0 where not masked."""
+        found: list[Any] = []
+        for batch in micro_batches(deal(samples, self.ranks), self.rank, self.config.learner.micro_batch_tokens):
+            values, _ = self._token_logprobs(self.engine, batch.to(self.device))
+            for row, place in enumerate(batch.places):
+                if place >= 0:
+                    found.append((place, values[row, : len(samples[place])].cpu().numpy()))
+        return found
+
+    def _set_learning_rate(self, step: int) -> None:
+        settings, steps = self.config.learner, max(self.config.run.steps, 1)
+        rate = settings.learning_rate * (1 - step / steps if settings.decay == "linear" else 1.0)
+        rate *= min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _reduced(self, sums: dict[str, float], updates: int) -> dict[str, float]:
+        names = ["loss", "tokens", "entropy", "clip_fraction", "kl_old", "kl_reference"]
+        values = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(values)
+        total = dict(zip(names, values.tolist(), strict=True))
+        tokens = max(total.pop("tokens"), 1.0)
+        loss = total.pop("loss")
+        return {"loss": loss / max(updates, 1)} | {name: value / tokens for name, value in total.items()}
+
+    def _mismatch(self, gaps: list[np.ndarray]) -> dict[str, float]:
+        every: list[Any] = [None] * self.ranks
+        torch.distributed.all_gather_object(every, np.concatenate(gaps) if gaps else np.zeros(0, np.float32))
+        gap = np.concatenate(every)
+        if not len(gap):
+            return {"mismatch_mean": 0.0, "mismatch_p99": 0.0, "mismatch_max": 0.0}
+        return {
+            "mismatch_mean": float(gap.mean()),
+            "mismatch_p99": float(np.quantile(gap, 0.99)),
+            "mismatch_max": float(gap.max()),
+        }
+
+    def push(self, engine: Any, version: int) -> dict[str, float]:
+        """This rank's part in sending the weights to the engines as `version`."""
+        from raygent.actors.weight_transfer import push_cpu, push_nccl
+
+        push = push_nccl if self.config.learner.gpus and self.config.engine.gpus else push_cpu
+        return push(self.engine.module, self.config.learner.zero_stage, self.rank, engine, version)
+
+    def save(self, folder: str, step: int, version: int) -> None:
+        """Write the rank's part of a checkpoint into `folder`; rank 0 the weights as transformers and vLLM load them."""
+        from transformers import AutoTokenizer
+
+        from raygent.actors.weight_transfer import full_parameters
+
+        self.engine.save_checkpoint(folder, tag="optimiser", save_latest=False)
+        state = {
+            name: tensor.to("cpu", copy=True) if self.rank == 0 else None
+            for name, tensor in full_parameters(self.engine.module, self.config.learner.zero_stage)
+        }
+        if self.rank == 0:
+            model = self.engine.module
+            tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+            model.save_pretrained(
+                folder, state_dict={name: tensor for name, tensor in state.items() if name not in tied}
+            )
+            source = Path(self.config.model.path)
+            if source.is_dir() and not (source / "tokenizer_config.json").exists():
+                return
+            AutoTokenizer.from_pretrained(self.config.model.path).save_pretrained(folder)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keep no activations within the layers of a transformers model. That is done only in training mode: without dropout,
+    since the policy that is trained is the one that sampled."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train()
+    model.gradient_checkpointing_enable()
+
+
+def _add(sums: dict[str, float], name: str, value: float) -> None:
+    sums[name] = sums.get(name, 0.0) + value
+
+
+def _mini_batches(samples: list[Sample], number: int) -> list[list[Sample]]:
+    """Whole rollouts dealt in turn to `number` mini-batches (fewer where there are not enough)."""
+    if not samples:
+        return []
+    rollouts = list(dict.fromkeys(sample.rollout_id for sample in samples))
+    place = {rollout: index % min(number, len(rollouts)) for index, rollout in enumerate(rollouts)}
+    return [
+        [sample for sample in samples if place[sample.rollout_id] == part] for part in range(min(number, len(rollouts)))
+    ]
+
+
+class LearnerGroup:
+    """The driver's end: every method asks all ranks at once. Raises LearnerLost where one of them died."""
+
+    def __init__(self, config: Config) -> None:
+        check_loss(config.algorithm)
+        self.config = config
+        self.directory = config.run_directory
+        self.ranks: list[Any] = []
+        self.group: PlacementGroup | None = None
+
+    def start(self, checkpoint: Checkpoint | None) -> None:
+        settings = self.config.learner
+        need = {"CPU": 1, "GPU": 1} if settings.gpus else {"CPU": 1}
+        self.group = placement_group([need] * settings.ranks, strategy="PACK")
+        _wait_for(self.group, need, settings.ranks)
+        environment = {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
+        if self.config.model.path.startswith("/"):
+            environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        self.ranks = [
+            ray.remote(Learner)
+            .options(
+                num_cpus=1,
+                num_gpus=settings.gpus,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
+                runtime_env={"env_vars": environment},
+            )
+            .remote(self.config, rank)
+            for rank in range(settings.ranks)
+        ]
+        host, port = ray.get(self.ranks[0].address.remote())
+        self._all("start", host, port, checkpoint)
+
+    def step(self, samples: list[Sample], step: int) -> dict[str, float]:
+        return self._all("step", ray.put(samples), step)[0]
+
+    def logprobs(self, samples: list[Sample]) -> list[np.ndarray]:
+        """The learner's log-probability of each masked token of each sample, float32 [T], else 0."""
+        found = dict(entry for share in self._all("logprobs", ray.put(samples)) for entry in share)
+        return [found[place] for place in range(len(samples))]
+
+    def push(self, engine: Any, version: int) -> dict[str, float]:
+        return self._all("push", engine, version)[0]
+
+    def save(self, step: int, version: int) -> Checkpoint:
+        """A checkpoint `checkpoints/step-N/`, complete once it has that name; older ones beyond keep_checkpoints go."""
+        root = self.directory / "checkpoints"
+        final, partial = root / f"step-{step:06d}", root / f".step-{step:06d}.partial"
+        for left in root.glob(".step-*"):  # by a process that was killed
+            shutil.rmtree(left)
+        if not final.exists():
+            partial.mkdir(parents=True)
+            self._all("save", str(partial), step, version)
+            (partial / "raygent.json").write_text(json.dumps({"step": step, "version": version}) + "\n")
+            os.sync()
+            partial.rename(final)
+        for old in sorted(root.glob("step-*"))[: -self.config.run.keep_checkpoints]:
+            gone = old.rename(root / f".{old.name}.gone")  # so that no half of it passes for a checkpoint
+            shutil.rmtree(gone)
+        return Checkpoint(final, step, version)
+
+    def restart(self, checkpoint: Checkpoint | None) -> None:
+        self.stop()
+        self.start(checkpoint)
+
+    def stop(self) -> None:
+        for rank in self.ranks:
+            ray.kill(rank)
+        self.ranks = []
+        if self.group is not None:
+            remove_placement_group(self.group)
+            self.group = None
+
+    def _all(self, method: str, *arguments: Any) -> list[Any]:
+        """Every rank's answer; the first death ends the wait, since the others would wait for the dead one for ever."""
+        refs = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
+        waiting = list(refs)
+        while waiting:
+            done, waiting = ray.wait(waiting, num_returns=1)
+            try:
+                ray.get(done[0])
+            except (ActorDiedError, RayActorError) as error:
+                raise LearnerLost(f"a learner rank died in {method}: {str(error).splitlines()[0]}") from error
+        return ray.get(refs)
+
+
+def _wait_for(group: PlacementGroup, need: dict[str, int], ranks: int) -> None:
+    started = time.monotonic()
+    while not group.wait(timeout_seconds=15):
+        waited = time.monotonic() - started
+        if waited > PLACEMENT_DEADLINE_S:
+            raise TimeoutError(
+                f"learner.ranks: no room for {ranks} ranks of {need} within {waited:.0f} s; add nodes or lower it"
+            )
+        print(f"waiting for {ranks} x {need} for the learners: {waited:.0f} s", flush=True)

@@ -1,0 +1,94 @@
+"""Samples dealt to ranks and cut into padded micro-batches, the same number of them on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from raygent.records import Sample
+
+
+@dataclass
+class MicroBatch:
+    """Padded on the right. All tensors [B, T] but `places` (each row's index in the batch, -1 for a filler).
+
+    There is no attention mask: attention is causal, so no token sees the padding behind it.
+    """
+
+    token_ids: torch.Tensor  # int64
+    mask: torch.Tensor  # bool
+    logprobs: torch.Tensor  # float32, the engine's
+    advantages: torch.Tensor  # float32
+    weights: torch.Tensor  # float32, of each masked token
+    temperature: torch.Tensor  # float32
+    places: list[int]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        if device.type != "cpu":
+            for name in ("token_ids", "mask", "logprobs", "advantages", "weights", "temperature"):
+                setattr(self, name, getattr(self, name).to(device))
+        return self
+
+
+Share = list[tuple[int, Sample]]
+
+
+def deal(samples: list[Sample], ranks: int) -> list[Share]:
+    """Longest first, in turn and back again, so that ranks have about the same work; deterministic."""
+    order = sorted(range(len(samples)), key=lambda place: (-len(samples[place]), place))
+    shares: list[Share] = [[] for _ in range(ranks)]
+    for turn, place in enumerate(order):
+        row, column = divmod(turn, ranks)
+        shares[column if row % 2 == 0 else ranks - 1 - column].append((place, samples[place]))
+    return shares
+
+
+def micro_batches(shares: list[Share], rank: int, tokens: int) -> list[MicroBatch]:
+    """The micro-batches of `rank`: at most `tokens` padded tokens each (one sample always fits).
+
+    Every rank gets as many as the one with most, fillers of weight zero among them: ZeRO-3 gathers parameters in each
+    forward pass, so a rank with fewer would leave the others waiting.
+    """
+    cut = [_cut(share, tokens) for share in shares]
+    most = max(map(len, cut))
+    batches = [to_micro_batch(share) for share in cut[rank]]
+    return batches + [filler() for _ in range(most - len(batches))]
+
+
+def _cut(share: Share, tokens: int) -> list[Share]:
+    """`share` is sorted, longest first."""
+    pieces: list[Share] = []
+    for entry in share:
+        if pieces and len(pieces[-1][0][1]) * (len(pieces[-1]) + 1) <= tokens:
+            pieces[-1].append(entry)
+        else:
+            pieces.append([entry])
+    return pieces
+
+
+def to_micro_batch(entries: Share) -> MicroBatch:
+    longest = max(len(sample) for _, sample in entries)
+
+    def padded(arrays: list[np.ndarray], fill: float = 0) -> torch.Tensor:
+        whole = np.full((len(arrays), longest), fill, arrays[0].dtype)
+        for row, array in enumerate(arrays):
+            whole[row, : len(array)] = array
+        return torch.from_numpy(whole)
+
+    samples = [sample for _, sample in entries]
+    return MicroBatch(
+        token_ids=padded([sample.token_ids for sample in samples]).long(),
+        mask=padded([sample.loss_mask for sample in samples]),
+        logprobs=padded([sample.logprobs for sample in samples]),
+        advantages=padded([sample.advantages for sample in samples]),
+        weights=padded([sample.loss_mask * np.float32(sample.weight) for sample in samples]),
+        temperature=padded([sample.temperature for sample in samples], 1),
+        places=[place for place, _ in entries],
+    )
+
+
+def filler() -> MicroBatch:
+    ones, zeros = torch.ones(1, 2), torch.zeros(1, 2)
+    return MicroBatch(zeros.long(), zeros.bool(), zeros, zeros, zeros, ones, [-1])

@@ -1,0 +1,92 @@
+"""Admission and staleness: which steps may be sampled now, which versions a batch may hold, which version comes next."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raygent.config import Config
+from raygent.records import Rollout, Task
+
+
+class Versions:
+    """The policy versions ever given out, one JSON line each, append-only: a number never names two sets of weights.
+
+    A run that goes back to a checkpoint re-uses the checkpoint's own version (its weights are equal to the bit) and
+    gives the updates after it new numbers.
+    """
+
+    def __init__(self, run_directory: Path) -> None:
+        self.file = run_directory / "versions.jsonl"
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        self.given = [json.loads(line) for line in lines if line.endswith("}")] or [{"version": 0, "step": 0}]
+
+    def issue(self, step: int) -> int:
+        """The version of the weights after `step` optimiser steps of the driver's loop."""
+        version = max(entry["version"] for entry in self.given) + 1
+        self.given.append({"version": version, "step": step})
+        with self.file.open("a") as file:
+            file.write(json.dumps(self.given[-1]) + "\n")
+        return version
+
+    def at(self, step: int) -> int:
+        """The newest version given to the weights after `step` steps (0 before the first)."""
+        return next((entry["version"] for entry in reversed(self.given) if entry["step"] <= step), 0)
+
+
+def train_rollouts(config: Config, tasks: list[Task], step: int, version: int) -> list[Rollout]:
+    """The groups of driver step `step`: the data order depends on run.seed and the step alone, so a resumed run keeps it."""
+    size = config.algorithm.tasks_per_step
+    chosen = []
+    for place in range(step * size, (step + 1) * size):
+        epoch, offset = divmod(place, len(tasks))
+        order = list(range(len(tasks)))
+        random.Random(f"{config.run.seed}-{epoch}").shuffle(order)
+        chosen.append((place, tasks[order[offset]]))
+    return [
+        Rollout(f"train-{step:06d}-{place % size:04d}-{index}", task.id, f"train-{step:06d}-{place % size:04d}", "train",
+                step, index, task.input, task.private, version)
+        for place, task in chosen
+        for index in range(config.algorithm.group_size)
+    ]  # fmt: skip
+
+
+def eval_rollouts(config: Config, tasks: list[Task], step: int, version: int) -> list[Rollout]:
+    """`evaluate.samples` runs of each held-out task, all at one pinned version."""
+    return [
+        Rollout(f"eval-{step:06d}-{number:05d}-{index}", task.id, f"eval-{step:06d}-{number:05d}", "eval",
+                step, index, task.input, task.private, version)
+        for number, task in enumerate(tasks)
+        for index in range(config.evaluate.samples)
+    ]  # fmt: skip
+
+
+def steps_to_admit(config: Config, step: int) -> range:
+    """The steps whose rollouts may be sampled while the learner stands before `step`: S steps ahead at most."""
+    return range(step, min(step + config.algorithm.staleness, config.run.steps - 1) + 1)
+
+
+def drop_stale(tables: dict[str, pa.Table], oldest: int) -> tuple[dict[str, pa.Table], list[str]]:
+    """Leave out the rollouts that hold a token sampled before version `oldest`.
+
+    Returns the tables without them, and their rollout ids.
+    """
+    calls = tables["calls"]
+    versions = calls["policy_versions"].combine_chunks()
+    lengths = pc.list_value_length(versions).to_numpy(zero_copy_only=False)
+    tokens = versions.flatten().to_numpy(zero_copy_only=False)
+    owner = np.repeat(np.arange(len(calls)), lengths)
+    stale_calls = np.unique(owner[tokens < oldest])
+    stale = sorted(set(calls["rollout_id"].take(pa.array(stale_calls)).to_pylist()))
+    if not stale:
+        return tables, []
+    keep = {
+        name: table.filter(pc.invert(pc.is_in(table["rollout_id"], value_set=pa.array(stale))))
+        for name, table in tables.items()
+    }
+    return keep, stale

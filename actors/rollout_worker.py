@@ -1,0 +1,307 @@
+"""RolloutWorker: leases rollouts from the store, runs the agent on each, grades and seals the attempts.
+
+It owns nothing that outlives it: killed at any moment, its leases expire, the agents' processes die with it, and the
+rollouts are tried again elsewhere. It may be asked for `run` (its whole life), `stop` and `counts`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+
+from raygent.actors.agent_runner import TEXT, AgentRunner, Ended, Recorder
+from raygent.actors.engine_handle import EngineUnavailable
+from raygent.actors.gateway import mint_key
+from raygent.actors.grading import Grader, GraderError
+from raygent.actors.outcomes import NO_CALL, engine_failed, outcome_of
+from raygent.agent import ModelEndpoint, Verdict, plain, read_verdict
+from raygent.config import Config
+from raygent.records import INFRASTRUCTURE, SCHEMAS, SUCCEEDED, Lease, Seal, to_batch
+
+logger = logging.getLogger("raygent")
+Key = tuple[str, int]  # an attempt: rollout id, number
+Closed = dict[str, dict[str, Any]]  # engine replica -> {"calls", "overflow", "over_max_calls"} of one attempt
+
+POLL_S = (0.02, 0.2)  # between asks for leases while the queue is empty: first, and at most
+KEY_MARGIN_S = 60.0  # a key ends with its attempt; this is how long it is good past agent.timeout_s
+ENGINE_POLL_S = 3.0
+ENGINE_PAUSE_S = 3.0  # after an engine's failure, times the square of the attempt's number
+WORN_THREADS = 4  # abandoned agents' threads a worker carries before it has itself replaced
+
+
+class EngineLost(Exception):
+    """The engine did not answer, broke, or is not the one that the attempt began with."""
+
+
+class RolloutWorker:
+    """See the module. `root` is the driver's working folder: on another node the same files lie in this one's.
+
+    What it seals bears its `name` and the node it ran on.
+    """
+
+    def __init__(self, config_json: str, store: Any, engine: Any, secret: str, name: str, root: str = "") -> None:
+        self.config = localised(Config.model_validate_json(config_json), root)
+        self.store = store
+        self.engine = engine
+        self.secret = secret
+        self.name = f"{name}@{ray.get_runtime_context().get_node_id()[:12]}"
+        self.runner = AgentRunner(self.config)
+        self.grader = Grader(self.config, self.config.workers.rollouts_each) if self.config.grader.run else None
+        self.closer = Closer(engine)
+        self.sources: frozenset[str] = frozenset()  # the engine replicas seen last
+        self.running: dict[Key, asyncio.Task[None]] = {}
+        self.sealing: set[Key] = set()
+        self.without_engine: set[Key] = set()  # ended, but not given back before the engine is there again
+        self.outcomes: Counter[str] = Counter()
+        self.stopping = False
+        self.wake: asyncio.Event | None = None
+
+    async def run(self) -> str:
+        """Work until told to stop, until too many agents hang here, or until the store is gone; says which."""
+        self.wake = asyncio.Event()
+        await self._engine_is_back()
+        beside = [asyncio.create_task(self._heartbeats()), asyncio.create_task(self._watch_engine())]
+        try:
+            return await self._work()
+        except RayActorError:
+            return "the store is gone"
+        finally:
+            for task in [*beside, *self.running.values()]:
+                task.cancel()
+            await asyncio.wait(beside)
+            if self.grader:
+                self.grader.close()
+
+    async def stop(self) -> None:
+        """Lease no more; `run` returns when what is running has ended."""
+        self.stopping = True
+        if self.wake:
+            self.wake.set()
+
+    async def counts(self) -> dict[str, int]:
+        return dict(self.outcomes) | {"running": len(self.running)}
+
+    async def _work(self) -> str:
+        assert self.wake
+        pause = POLL_S[0]
+        while not self.stopping and not self.runner.worn(WORN_THREADS):
+            self.wake.clear()
+            free = 0 if self.without_engine else self.config.workers.rollouts_each - len(self.running)
+            leases: list[Lease] = await self.store.lease.remote(self.name, free) if free else []
+            for lease in leases:
+                self._begin(lease)
+            if leases:
+                pause = POLL_S[0]
+                continue
+            try:  # full: until one ends; idle: until it is time to ask again
+                await asyncio.wait_for(self.wake.wait(), pause if free else None)
+            except TimeoutError:
+                pause = min(pause * 1.5, POLL_S[1])
+        if self.running:
+            await asyncio.wait(self.running.values())
+        return "stopped" if self.stopping else "worn out by agents that hang"
+
+    def _begin(self, lease: Lease) -> None:
+        key = (lease.rollout.rollout_id, lease.attempt)
+        task = asyncio.create_task(self._attempt(lease))
+        self.running[key] = task
+
+        def ended(task: asyncio.Task[None]) -> None:
+            del self.running[key]
+            self.sealing.discard(key)
+            if self.wake:
+                self.wake.set()
+            if not task.cancelled() and (error := task.exception()):
+                self.outcomes["worker_error"] += 1  # the lease expires
+                logger.error("%s: attempt %s failed in the worker", self.name, key, exc_info=error)
+
+        task.add_done_callback(ended)
+
+    async def _attempt(self, lease: Lease) -> None:
+        rollout, key = lease.rollout, (lease.rollout.rollout_id, lease.attempt)
+        endpoint, sources, started = self._endpoint(lease), self.sources, time.time()
+        recorder = Recorder(*key, self.name)
+        try:
+            ended = await self.runner.run(rollout.input, endpoint, recorder)
+        finally:  # also when the lease was lost: the key ends, what is in flight is aborted
+            closing = asyncio.ensure_future(self.closer.close(key))
+        closed: Closed = {}
+        try:
+            closed = await closing
+            self.sources = frozenset(closed)
+            check_engine(ended, sources, self.sources, endpoint)
+            outcome, error, verdict = await self._judge(lease, ended, closed, recorder)
+        except EngineLost as lost:
+            outcome, error, verdict = "engine_lost", f"{lost}\n{ended.error}", None
+            await self._wait_for_engine(lease)
+        recorder.close()
+        reward = None if outcome in INFRASTRUCTURE else verdict.value if verdict else self.config.grader.failed_reward
+        calls = {source: of["calls"] for source, of in closed.items() if of["calls"]}
+        seal = Seal(*key, self.name, outcome, reward, calls, error=error[-TEXT:], started=started, finished=time.time())
+        batches = {}
+        for table, records in (("rewards", recorder.rewards), ("spans", recorder.spans)):
+            if records:
+                batches[table] = to_batch(SCHEMAS[table], records)
+                setattr(seal, table, {self.name: len(records)})
+        self.sealing.add(key)
+        self.outcomes[outcome] += 1
+        await self.store.seal.remote(seal, batches)
+
+    def _endpoint(self, lease: Lease) -> ModelEndpoint:
+        rollout = lease.rollout
+        expires = time.time() + self.config.agent.timeout_s + KEY_MARGIN_S
+        key = mint_key(self.secret, rollout.rollout_id, lease.attempt, rollout.mode, expires)
+        return ModelEndpoint(f"{self.engine.base_url}/a/{key}/v1", key)
+
+    async def _judge(
+        self, lease: Lease, ended: Ended, closed: Closed, recorder: Recorder
+    ) -> tuple[str, str, Verdict | None]:
+        """Outcome, error text and reward of an attempt that the engine did not spoil."""
+        if ended.how != "returned":
+            return outcome_of(ended, closed), ended.error, None
+        if not any(of["calls"] for of in closed.values()):
+            return "no_call", NO_CALL, None
+        try:
+            output = plain(ended.value)
+            given = None if self.grader else read_verdict(ended.value, "the agent")
+        except (TypeError, ValueError) as error:
+            return "agent_error", f"the agent returned what is no JSON value or finite reward: {error}", None
+        recorder.note("output", value=output)
+        if self.grader:
+            try:
+                verdict = await self._grade(self.grader, lease, output)
+            except GraderError as error:
+                return "grader_error", str(error), None
+            recorder.reward(verdict.value, verdict.components)
+            return SUCCEEDED, "", verdict
+        if given is not None:
+            recorder.reward(given.value, given.components)
+            return SUCCEEDED, "", given
+        emitted = recorder.emitted()
+        if emitted is None:
+            return "no_reward", "the agent returned no reward and emitted none, and there is no grader.run", None
+        return SUCCEEDED, "", Verdict(emitted, {})
+
+    async def _grade(self, grader: Grader, lease: Lease, output: Any) -> Verdict:
+        call = grader.grade(lease.rollout.input, lease.rollout.private, output)
+        graded = await (self.runner.on_agents_loop(call) if grader.is_async else call)
+        return graded.verdict
+
+    async def _wait_for_engine(self, lease: Lease) -> None:
+        """Hold the lease until the engine is there again: retried sooner, the rollout would use up its attempts at once.
+
+        An engine that broke a call may still look well for a while: each attempt waits longer than the one before.
+        """
+        if lease.attempt >= self.config.workers.max_attempts:
+            return
+        key = (lease.rollout.rollout_id, lease.attempt)
+        self.without_engine.add(key)
+        try:
+            await asyncio.sleep(ENGINE_PAUSE_S * lease.attempt**2)
+            await self._engine_is_back()
+        finally:
+            self.without_engine.discard(key)
+
+    async def _engine_is_back(self) -> None:
+        while True:
+            try:
+                if await self._look_at_engine():
+                    return
+            except EngineLost as lost:
+                logger.warning("%s: %s", self.name, lost)
+            await asyncio.sleep(1)
+
+    async def _look_at_engine(self) -> bool:
+        """Note which replicas there are; whether one of them serves. Raises EngineLost."""
+        try:
+            replicas = await asyncio.to_thread(self.engine.status)
+        except EngineUnavailable as error:
+            raise EngineLost(f"the engine does not answer: {error}") from error
+        self.sources = frozenset(str(replica["source"]) for replica in replicas)
+        return any(replica["version"] >= 0 for replica in replicas)
+
+    async def _watch_engine(self) -> None:
+        while True:
+            await asyncio.sleep(ENGINE_POLL_S)
+            try:
+                await self._look_at_engine()
+            except EngineLost as lost:  # busy, or gone: the attempts will tell
+                logger.warning("%s: %s", self.name, lost)
+
+    async def _heartbeats(self) -> None:
+        """Extends the leases; stops the attempts whose lease the store gave to others."""
+        while True:
+            lost = await self.store.heartbeat.remote(self.name, list(self.running))
+            for key in map(tuple, lost):
+                if key in self.running and key not in self.sealing:
+                    self.outcomes["lease_lost"] += 1
+                    self.running[key].cancel()
+            await asyncio.sleep(self.config.workers.lease_s / 4)
+
+
+def check_engine(ended: Ended, before: frozenset[str], now: frozenset[str], endpoint: ModelEndpoint) -> None:
+    """Raises EngineLost where a replica went away during the attempt, or the agent failed by the engine's failing.
+
+    Whether the agent got over the first does not matter: what it met was not its doing.
+    """
+    if gone := before - now:
+        raise EngineLost(f"engine replica {', '.join(sorted(gone))} went away during the attempt")
+    if engine_failed(ended.exception, endpoint.anthropic_base_url):
+        raise EngineLost("the engine did not serve the agent's call")
+
+
+class Closer:
+    """Ends attempts at the engine, those that end at about the same time in one broadcast."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.waiting: dict[Key, asyncio.Future[Closed]] = {}
+        self.task: asyncio.Task[None] | None = None
+
+    async def close(self, key: Key) -> Closed:
+        """The attempt's key is refused from now on; what each replica knows of it. Raises EngineLost."""
+        self.waiting[key] = asyncio.get_running_loop().create_future()
+        if self.task is None or self.task.done():
+            self.task = asyncio.create_task(self._drain())
+        return await self.waiting[key]
+
+    async def _drain(self) -> None:
+        while self.waiting:
+            batch, self.waiting = self.waiting, {}
+            try:
+                closed = await asyncio.to_thread(self.engine.close_attempts, list(batch))
+            except EngineUnavailable as error:
+                failed = EngineLost(f"the engine does not answer: {error}")
+                for future in batch.values():
+                    if not future.done():
+                        future.set_exception(failed)
+                continue
+            for key, future in batch.items():
+                if not future.done():
+                    future.set_result(closed[key])
+
+
+def localised(config: Config, root: str) -> Config:
+    """The config with the paths of this node, where the driver's folder `root` is a copy of this process's own."""
+    here = Path.cwd()
+    path = Path(config.path)
+    if root and not path.exists() and path.is_relative_to(root) and (here / path.relative_to(root)).exists():
+        config.path = str(here / path.relative_to(root))
+    return config
+
+
+def make_worker(config: Config, store: Any, engine: Any, secret: str, name: str) -> Any:
+    """A RolloutWorker actor, spread over the nodes; it dies with the driver."""
+    return (
+        ray.remote(RolloutWorker)
+        .options(num_cpus=config.workers.cpus, scheduling_strategy="SPREAD", max_restarts=0)
+        .remote(config.model_dump_json(by_alias=True), store, engine, secret, name, os.getcwd())
+    )

@@ -1,0 +1,170 @@
+"""Agents that run as a process of their own: a command in any language, or a Python callable kept apart.
+
+Such a process finds the model in OPENAI_BASE_URL and OPENAI_API_KEY (and ANTHROPIC_*), its task in RAYGENT_TASK (JSON),
+and nothing of Ray's, raygent's or an upstream's secrets. It works in the TOML's folder. All it starts ends with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from raygent.agent import ModelEndpoint
+from raygent.config import Config
+from raygent.emit import EVENTS_FILE
+
+SUPERVISOR = Path(__file__).with_name("supervisor.py")
+OURS = ("RAY_", "RAYGENT_", "SERVE_", "VLLM_", "WANDB_")  # variables that no agent's process is to see
+KEPT_BYTES = 1 << 20  # of stdout and of stderr each, from the end
+EVENTS_BYTES = 16 << 20  # of emitted rewards and spans
+
+
+@dataclass(frozen=True)
+class CommandEnd:
+    """How an agent's process ended: exit code (128 + n after signal n), the ends of its outputs, what it emitted."""
+
+    code: int
+    stdout: str
+    stderr: str
+    events: list[dict[str, Any]]  # "table": "rewards" | "spans" | "result", and the record's own fields
+
+
+class Supervised:
+    """A command under its supervisor: `stop()`, or the death of this process, kills all that it started.
+
+    `start` raises OSError where no process can be started.
+    """
+
+    def __init__(self, command: list[str], cwd: Path, environment: dict[str, str], **streams: Any) -> None:
+        life, self._hold = os.pipe()
+        try:
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(SUPERVISOR), str(life), *command],
+                cwd=cwd,
+                env=environment,
+                pass_fds=[life],
+                **streams,
+            )
+        except OSError:
+            os.close(self._hold)
+            raise
+        finally:
+            os.close(life)
+        self._lock = threading.Lock()
+
+    def stop(self) -> None:
+        """Have everything killed; returns at once, may be called again and from any thread."""
+        with self._lock:
+            if self._hold >= 0:
+                os.close(self._hold)
+                self._hold = -1
+
+
+def command_of(config: Config) -> list[str]:
+    """What the agent's process runs: agent.command, or a runner of agent.run."""
+    if config.agent.command is not None:
+        return config.agent.command
+    return [sys.executable, "-m", "raygent.actors.agent_process"]
+
+
+def scrubbed_environment(config: Config) -> dict[str, str]:
+    """This process's environment without what is ours: Ray's, raygent's, W&B's, the keys of upstream endpoints."""
+    secret = {upstream.api_key_env for upstream in config.upstream.values()}
+    return {name: value for name, value in os.environ.items() if not name.startswith(OURS) and name not in secret}
+
+
+def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, events: str) -> dict[str, str]:
+    added = {
+        "OPENAI_BASE_URL": endpoint.base_url,
+        "OPENAI_API_KEY": endpoint.api_key,
+        "ANTHROPIC_BASE_URL": endpoint.anthropic_base_url,
+        "ANTHROPIC_API_KEY": endpoint.api_key,
+        "RAYGENT_MODEL": endpoint.model,
+        "RAYGENT_TASK": json.dumps(task_input, ensure_ascii=False),
+        EVENTS_FILE: events,
+    }
+    if config.agent.run is not None:
+        added["RAYGENT_AGENT"] = config.agent.run
+    return scrubbed_environment(config) | added
+
+
+def run_command(
+    config: Config, task_input: Any, endpoint: ModelEndpoint, started: Callable[[Supervised], None]
+) -> CommandEnd:
+    """Run the agent's process to its end; blocks. `started` gets the handle to stop it with, once it runs.
+
+    Raises OSError where the process cannot be started.
+    """
+    with tempfile.NamedTemporaryFile(prefix="raygent-events-", suffix=".jsonl") as events:
+        supervised = Supervised(
+            command_of(config),
+            config.folder,
+            agent_environment(config, task_input, endpoint, events.name),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        started(supervised)
+        process = supervised.process
+        ends: dict[str, bytes] = {}
+        readers = [
+            threading.Thread(target=lambda n=name, s=stream: ends.update({n: read_end(s)}), daemon=True)
+            for name, stream in (("stdout", process.stdout), ("stderr", process.stderr))
+        ]
+        for reader in readers:
+            reader.start()
+        code = process.wait()
+        for reader in readers:
+            reader.join()
+        supervised.stop()
+        written = Path(events.name).read_bytes()[:EVENTS_BYTES]
+    texts = {name: end.decode(errors="replace") for name, end in ends.items()}
+    return CommandEnd(code, texts["stdout"], texts["stderr"], read_events(written))
+
+
+def read_end(stream: IO[bytes]) -> bytes:
+    """Read to the end, keep the last KEPT_BYTES."""
+    kept = b""
+    with stream:
+        while chunk := stream.read1(1 << 16):  # type: ignore[attr-defined]
+            kept = (kept + chunk)[-KEPT_BYTES:]
+    return kept
+
+
+def read_events(written: bytes) -> list[dict[str, Any]]:
+    """The whole lines of an events file; a last line cut by a kill is left out."""
+    events = []
+    for line in written.split(b"\n")[:-1]:
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue  # not ours: the file is the agent's to write to
+        if isinstance(event, dict) and event.get("table") in ("rewards", "spans", "result"):
+            events.append(event)
+    return events
+
+
+def last_line(stdout: str) -> Any:
+    """What a command gives back: the last line that is not empty, as JSON where it is JSON; None without one."""
+    lines = [line.strip() for line in stdout.splitlines() if line.strip()]
+    if not lines:
+        return None
+    try:
+        return json.loads(lines[-1])
+    except ValueError:
+        return lines[-1]
+
+
+def stdout_span(end: CommandEnd, started: float) -> dict[str, Any]:
+    """The span that keeps what the process printed."""
+    attributes = {"code": end.code, "stdout": end.stdout[-65536:], "stderr": end.stderr[-65536:]}
+    return {"kind": "stdout", "name": "process", "attributes": attributes, "started": started, "finished": time.time()}

@@ -1,0 +1,202 @@
+"""A step's rollouts, as the store hands them over -> the samples the learners take, and what there is to tell of them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raygent.algorithms import grpo
+from raygent.algorithms.trajectory import Trajectory, build, paths
+from raygent.config import Config
+from raygent.records import Sample
+
+LISTS = ["prompt_token_ids", "response_token_ids", "logprobs", "policy_versions"]
+PLAIN = ["rollout_id", "sequence", "agent", "temperature", "trainable"]
+Row = dict[str, Any]
+
+
+@dataclass
+class Entry:
+    """What one agent did in one rollout, and what it got for it; no trajectory: no trained agent acted."""
+
+    rollout: Row
+    trajectory: Trajectory | None
+    reward: float
+    advantage: float = 0.0
+    flat: bool = True  # its group has no signal: all rewards alike, or nobody to compare with
+
+
+def make_samples(tables: dict[str, pa.Table], config: Config) -> tuple[list[Sample], dict[str, float]]:
+    """Trajectories, advantages once over the whole batch per (rollout, agent), then samples; with the batch's metrics.
+
+    tables: `rollouts`, `calls` and `rewards` of ended rollouts and their winning attempts. Every rollout with an outcome
+    takes part in its group's mean, also one whose agent failed; those lost to infrastructure do not. A group with fewer
+    than `algorithm.min_group` of them is dropped and counted. With `algorithm.drop_flat_groups` those without signal
+    are left out of the loss, and counted.
+
+    Weights: with R rollouts that are trained, each has the total weight 1/R, spread evenly over its trained tokens
+    (GRPO's own mean over sequences of the mean over tokens, with a rollout for a sequence), however many samples, turns
+    or agents it split into. So the sum over the batch of weight x masked tokens is 1.
+    """
+    rollouts = [row for row in tables["rollouts"].to_pylist() if row["status"] in ("succeeded", "failed")]
+    sizes = Counter(row["group_id"] for row in rollouts)
+    small = {group for group, size in sizes.items() if size < config.algorithm.min_group}
+    valid = [row for row in rollouts if row["group_id"] not in small]
+
+    calls = _calls(tables["calls"])
+    own_rewards = _agent_rewards(tables["rewards"])
+    entries: list[Entry] = []
+    for row in valid:
+        acted = [item for item in build(calls[row["rollout_id"]]) if _is_trained(item.agent, config.agent.train)]
+        for item in acted:
+            entries.append(Entry(row, item, own_rewards.get((row["rollout_id"], item.agent), row["reward"])))
+        if not acted:
+            entries.append(Entry(row, None, row["reward"]))
+    _compare(entries, config)
+
+    samples = [
+        sample
+        for entry in entries
+        if entry.trajectory and not (entry.flat and config.algorithm.drop_flat_groups)
+        for sample in to_samples(entry.trajectory, entry.rollout["group_id"], entry.advantage)
+    ]
+    weigh(samples)
+    with_signal = {entry.rollout["group_id"] for entry in entries if not entry.flat}
+    return samples, _metrics(tables, valid, entries, samples) | {
+        "groups": float(len(sizes)),
+        "groups_dropped": float(len(small)),
+        "groups_flat": float(len(set(sizes) - small - with_signal)),
+    }
+
+
+def _compare(entries: list[Entry], config: Config) -> None:
+    """Set advantages: the rollouts of a group are compared agent by agent.
+
+    A rollout in which no trained agent acted got its reward all the same: it counts in the comparison of every agent.
+    """
+    acting: dict[str, set[str]] = defaultdict(set)
+    for entry in entries:
+        if entry.trajectory:
+            acting[entry.rollout["group_id"]].add(entry.trajectory.agent)
+    groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    for entry in entries:
+        group = entry.rollout["group_id"]
+        for agent in [entry.trajectory.agent] if entry.trajectory else acting[group]:
+            groups[group, agent].append(entry)
+
+    telling = [members for members in groups.values() if len({entry.reward for entry in members}) > 1]
+    if not telling:
+        return
+    compared = [entry for members in telling for entry in members]
+    names = [str(number) for number, members in enumerate(telling) for _ in members]
+    found = grpo.advantages(np.array([entry.reward for entry in compared]), names, config.algorithm.normalise_std)
+    for entry, advantage in zip(compared, found.tolist(), strict=True):
+        entry.advantage, entry.flat = advantage, False
+
+
+def to_samples(trajectory: Trajectory, group_id: str, advantage: float) -> list[Sample]:
+    """One sample a path, its mask on the sampled tokens that this path trains and that may be trained.
+
+    A path that trains nothing gives no sample. The weights are not set yet: see weigh().
+    """
+    samples = []
+    for path in paths(trajectory):
+        tokens = path[-1][0].tokens
+        mask = np.zeros(len(tokens), bool)
+        logprobs = np.zeros(len(tokens), np.float32)
+        versions = np.zeros(len(tokens), np.int32)
+        temperature = np.ones(len(tokens), np.float32)
+        for node, trains in path:
+            if trains and node.call["trainable"]:
+                sampled = slice(node.prompt_length, len(node.tokens))
+                mask[sampled] = True
+                logprobs[sampled] = node.call["logprobs"]
+                versions[sampled] = node.call["policy_versions"]
+                temperature[sampled] = node.call["temperature"]
+        if mask.any():
+            advantages = mask * np.float32(advantage)
+            rollout, agent = trajectory.rollout_id, trajectory.agent
+            samples.append(Sample(rollout, group_id, agent, tokens, mask, logprobs, advantages, versions, temperature))
+    return samples
+
+
+def weigh(samples: list[Sample]) -> None:
+    """Set each sample's weight so that every rollout has the same total, and the batch the total 1."""
+    tokens: Counter[str] = Counter()
+    for sample in samples:
+        tokens[sample.rollout_id] += int(sample.loss_mask.sum())
+    for sample in samples:
+        sample.weight = 1.0 / (len(tokens) * tokens[sample.rollout_id])
+
+
+def _is_trained(agent: str, patterns: list[str]) -> bool:
+    return any(fnmatch(agent, pattern) for pattern in patterns)
+
+
+def _calls(table: pa.Table) -> dict[str, list[Row]]:
+    """The rows of each rollout; lists are views into the table's memory, not Python lists."""
+    columns = {name: table[name].to_pylist() for name in PLAIN}
+    columns |= {name: _views(table[name]) for name in LISTS}
+    found: dict[str, list[Row]] = defaultdict(list)
+    for values in zip(*columns.values(), strict=True):
+        row = dict(zip(columns, values, strict=True))
+        found[row["rollout_id"]].append(row)
+    return found
+
+
+def _views(column: pa.ChunkedArray) -> list[np.ndarray]:
+    whole = column.combine_chunks()
+    values = whole.values.to_numpy(zero_copy_only=False)
+    return [values[start:end] for start, end in pairwise(whole.offsets.to_pylist())]
+
+
+def _agent_rewards(rewards: pa.Table) -> dict[tuple[str, str], float]:
+    """Rewards given to one agent rather than to the rollout: the last of each."""
+    rows = rewards.select(["rollout_id", "agent", "value", "call_sequence", "sequence"]).to_pylist()
+    own = [row for row in rows if row["agent"] and row["call_sequence"] < 0]
+    return {(row["rollout_id"], row["agent"]): row["value"] for row in sorted(own, key=lambda row: row["sequence"])}
+
+
+def _metrics(
+    tables: dict[str, pa.Table], valid: list[Row], entries: list[Entry], samples: list[Sample]
+) -> dict[str, float]:
+    rewards = [row["reward"] for row in valid]
+    calls = tables["calls"]
+    trajectories = [entry.trajectory for entry in entries if entry.trajectory]
+    versions = [sample.policy_versions[sample.loss_mask] for sample in samples]
+    outcomes = Counter(row["outcome"] for row in tables["rollouts"].select(["outcome"]).to_pylist())
+    metrics = {
+        "reward": _mean(rewards),
+        "reward_std": float(np.std(rewards)) if rewards else 0.0,
+        "rollouts": float(len(tables["rollouts"])),
+        "rollouts_valid": float(len(valid)),
+        "rollouts_trained": float(len({sample.rollout_id for sample in samples})),
+        "samples": float(len(samples)),
+        "turns": len(calls) / max(len(valid), 1),
+        "prompt_length": _mean(pc.list_value_length(calls["prompt_token_ids"])),
+        "response_length": _mean(pc.list_value_length(calls["response_token_ids"])),
+        "tokens_sampled": float(sum(trajectory.sampled_tokens for trajectory in trajectories)),
+        "tokens_trained": float(sum(map(len, versions))),
+        "branches": float(sum(trajectory.branches for trajectory in trajectories)),
+        "attempts_retried": float(sum(max(row["attempts"] - 1, 0) for row in valid)),
+    }
+    if versions:
+        every = np.concatenate(versions)
+        metrics |= {"version_oldest": float(every.min()), "version_mean": float(every.mean())}
+    failures = {
+        f"failed/{outcome}": float(count)
+        for outcome, count in outcomes.items()
+        if outcome not in (None, "", "succeeded")
+    }
+    return metrics | failures
+
+
+def _mean(values: list[float] | pa.ChunkedArray) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

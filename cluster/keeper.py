@@ -1,0 +1,72 @@
+"""The keeper: a small detached actor, one a run, that deletes the run's Serve app when the driver is gone.
+
+The driver owns the store, so the store's name is the driver's sign of life: Ray takes it away with the driver, however that
+ended. A driver that comes back within `run.grace_s` finds its keeper there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import ray
+from ray import serve
+
+from raygent.config import Config
+
+LOOK_S = 1.0
+
+
+class Keeper:
+    def __init__(self, app: str, store_name: str, namespace: str, grace_s: float) -> None:
+        self.app, self.store_name, self.namespace, self.grace_s = app, store_name, namespace, grace_s
+
+    async def watch(self) -> None:
+        """Returns when the app is deleted, because the driver was gone for the grace time."""
+        seen = time.monotonic()
+        while time.monotonic() - seen < self.grace_s:
+            await asyncio.sleep(LOOK_S)
+            if await asyncio.to_thread(self._driver_lives):
+                seen = time.monotonic()
+        await asyncio.to_thread(end_app, self.app)
+        ray.actor.exit_actor()
+
+    def _driver_lives(self) -> bool:
+        try:
+            ray.get_actor(self.store_name, self.namespace)
+        except ValueError:
+            return False
+        return True
+
+
+def keeper_name(app: str) -> str:
+    return f"{app}-keeper"
+
+
+def start_keeper(config: Config, app: str, store_name: str, namespace: str) -> Any:
+    """The run's keeper, watching; a left-over of an earlier life is replaced. Call it once the store is there."""
+    stop_keeper(app, namespace)
+    actor: Any = ray.remote(Keeper)
+    keeper = actor.options(
+        name=keeper_name(app), namespace=namespace, lifetime="detached", num_cpus=0, max_concurrency=4
+    ).remote(app, store_name, namespace, config.run.grace_s)
+    keeper.watch.remote()
+    return keeper
+
+
+def stop_keeper(app: str, namespace: str) -> None:
+    try:
+        ray.kill(ray.get_actor(keeper_name(app), namespace))
+    except ValueError:
+        return  # none is there
+
+
+def end_app(app: str) -> None:
+    """Delete the app, and Serve itself where no other app is left."""
+    if serve.context._get_global_client(raise_if_no_controller_running=False) is None:
+        return
+    if app in serve.status().applications:
+        serve.delete(app)
+    if not serve.status().applications:
+        serve.shutdown()

@@ -1,0 +1,213 @@
+"""What a run tells: a plain line a step, metrics.jsonl, W&B, and at the end summary.json and curve.png."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raygent.algorithms.bootstrap import mean_interval, paired_gain
+from raygent.config import Config
+
+SHOWN = {
+    "reward": "reward {:.3f}",
+    "turns": "turns {:.2f}",
+    "loss": "loss {:+.4f}",
+    "entropy": "entropy {:.3f}",
+    "mismatch_mean": "mismatch {:.1e}",
+    "tokens_per_s": "{:.0f} tok/s",
+    "seconds/step": "{:.1f} s",
+}
+TABLE_ROWS = 5  # best and worst rollouts of an evaluation that W&B shows
+
+
+class RunLog:
+    """The files of `run.directory/run.name` and the W&B run. A resumed run goes on in the same of each."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.directory = config.run_directory
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self.lines = self.directory / "metrics.jsonl"
+        self.evaluations = self.directory / "evaluations.jsonl"
+        self.last = time.monotonic()
+        self.wandb = self._start_wandb()
+
+    def _start_wandb(self) -> Any:
+        import wandb
+
+        mode = self.config.wandb.mode
+        if mode == "auto":
+            mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+        file = self.directory / "wandb-id"
+        if not file.exists():
+            file.write_text(secrets.token_hex(4))
+        return wandb.init(
+            project=self.config.wandb.project,
+            name=self.config.run.name,
+            id=file.read_text(),
+            resume="allow",
+            mode=mode,
+            dir=str(self.directory),
+            config=self.config.model_dump(mode="json"),
+            settings=wandb.Settings(
+                console="off", silent=True, x_disable_stats=True, disable_git=True, save_code=False
+            ),
+        )
+
+    def resume(self, step: int) -> None:
+        """The run goes on at `step`: what the files tell of later steps did not happen."""
+        for path, last in ((self.lines, step - 1), (self.evaluations, step)):
+            rows = [row for row in read_lines(path) if row["step"] <= last]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if step:
+            self.note(f"going on at step {step}")
+        self.last = time.monotonic()
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def step(self, step: int, metrics: dict[str, float]) -> None:
+        """One driver step is done."""
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        metrics = metrics | {"seconds/step": seconds, "tokens_per_s": metrics.get("tokens_sampled", 0.0) / seconds}
+        self._append(self.lines, {"step": step} | metrics)
+        shown = ", ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics)
+        self.note(f"step {step + 1}/{self.config.run.steps} {shown}")
+        self.wandb.log({"train/" + name: value for name, value in metrics.items()} | {"step": step + 1})
+
+    def evaluation(self, step: int, tables: dict[str, pa.Table], summary: dict[str, float]) -> None:
+        """One evaluation on the held-out tasks is done."""
+        rewards: dict[str, list[float]] = {}
+        for row in tables["rollouts"].select(["task_id", "reward"]).to_pylist():
+            if row["reward"] is not None:
+                rewards.setdefault(row["task_id"], []).append(row["reward"])
+        by_task = {task: sum(values) / len(values) for task, values in rewards.items()}
+        low, high = mean_interval(list(by_task.values())) if by_task else (0.0, 0.0)
+        rows = [row for row in read_lines(self.evaluations) if row["step"] != step]
+        self.evaluations.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self._append(self.evaluations, {"step": step, **summary, "low": low, "high": high, "by_task": by_task})
+        self.note(
+            f"evaluation at step {step}: reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} tasks; "
+            f"{summary['retried_share']:.0%} needed more than one call, {summary['rescued_share']:.0%} of their reward was won"
+        )
+        table = {f"eval/{name}": value for name, value in summary.items()} | {"step": step}
+        self.wandb.log(table | {"eval/rollouts": self._best_and_worst(tables)})
+        self.last = time.monotonic()
+
+    def _best_and_worst(self, tables: dict[str, pa.Table]) -> Any:
+        import wandb
+
+        rows = sorted(tables["rollouts"].to_pylist(), key=lambda row: (row["reward"] is None, row["reward"]))
+        chosen = rows if len(rows) <= 2 * TABLE_ROWS else rows[:TABLE_ROWS] + rows[-TABLE_ROWS:]
+        names = {row["rollout_id"] for row in chosen}
+        requests: dict[str, str] = {}
+        for call in tables["calls"].select(["rollout_id", "request"]).to_pylist():
+            if call["rollout_id"] in names:
+                requests[call["rollout_id"]] = call["request"]  # the last holds the conversation
+        columns: list[str | int] = ["rollout", "reward", "outcome", "input", "last request"]
+        return wandb.Table(
+            columns=columns,
+            data=[
+                [row["rollout_id"], row["reward"], row["outcome"], row["input"], requests.get(row["rollout_id"], "")]
+                for row in chosen
+            ],
+        )
+
+    def finish(self, counts: dict[str, Any]) -> None:
+        """Write summary.json and curve.png and print what became better."""
+        steps, evaluations = read_lines(self.lines), read_lines(self.evaluations)
+        summary = {"steps": len(steps), "seed": self.config.run.seed} | counts
+        summary |= {"held_out": held_out(evaluations), "mismatch": mismatch(steps)}
+        sums = ("tokens_sampled", "tokens_trained")
+        summary["tokens"] = {name.removeprefix("tokens_"): sum(row.get(name, 0.0) for row in steps) for name in sums}
+        (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        self.wandb.summary.update(summary)
+        self.wandb.finish()
+        draw_curve(steps, evaluations, self.directory / "curve.png")
+        rollouts = counts["rollouts"]
+        kinds = {name.removeprefix("failed_"): n for name, n in rollouts.items() if name.startswith("failed_")}
+        failed = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+        self.note(
+            f"rollouts: {rollouts['asked']} asked, {rollouts['succeeded']} succeeded, failed: {failed}; "
+            f"{rollouts['retried']} retried, {rollouts['lost']} lost, {rollouts['trained']} trained"
+        )
+        if found := summary["held_out"]:
+            low, high = found["gain_ci95"]
+            self.note(
+                f"held-out reward on {found['n']} tasks: {found['before']:.3f} before, {found['after']:.3f} after; "
+                f"gain {found['gain']:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] (paired bootstrap)"
+            )
+        self.note(f"summary {self.directory / 'summary.json'}, curve {self.directory / 'curve.png'}")
+
+    @staticmethod
+    def _append(path: Path, row: dict[str, Any]) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file; one that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def held_out(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    """First against last evaluation, paired by task; empty where there are not two."""
+    if not evaluations:
+        return {}
+    first, last = evaluations[0], evaluations[-1]
+    tasks = first["by_task"].keys() & last["by_task"].keys()
+    gain, interval = paired_gain(first["by_task"], last["by_task"])
+    return {
+        "n": len(tasks),
+        "before": sum(first["by_task"][task] for task in tasks) / max(len(tasks), 1),
+        "after": sum(last["by_task"][task] for task in tasks) / max(len(tasks), 1),
+        "gain": gain,
+        "gain_ci95": list(interval),
+        "rescued_share": {"before": first["rescued_share"], "after": last["rescued_share"]},
+        "retried_share": {"before": first["retried_share"], "after": last["retried_share"]},
+    }
+
+
+def mismatch(steps: list[dict[str, Any]]) -> dict[str, float]:
+    """|engine - learner| logprob over the run: mean of the means, largest p99 and maximum of a step."""
+    rows = [row for row in steps if "mismatch_mean" in row]
+    if not rows:
+        return {}
+    return {
+        "mean": sum(row["mismatch_mean"] for row in rows) / len(rows),
+        "p99": max(row["mismatch_p99"] for row in rows),
+        "max": max(row["mismatch_max"] for row in rows),
+    }
+
+
+def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    if steps:
+        axes.plot([row["step"] + 1 for row in steps], [row["reward"] for row in steps], color="0.7", label="training")
+    if evaluations:
+        middle = [row["reward"] for row in evaluations]
+        below = [max(row["reward"] - row["low"], 0) for row in evaluations]
+        above = [max(row["high"] - row["reward"], 0) for row in evaluations]
+        axes.errorbar(
+            [row["step"] for row in evaluations], middle, [below, above], marker="o", capsize=3, label="held out"
+        )
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,223 @@
+"""The parts of one run, started together and ended together; what the driver asks of them is a verb each.
+
+The driver owns the store, the workers and the learners: Ray ends them with it, however it dies. Serve's app is detached by
+nature, so a keeper deletes it when the driver is gone and not back within `run.grace_s`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from raygent.actors.engine_handle import EngineUnavailable
+from raygent.actors.learner import LearnerGroup, latest_checkpoint
+from raygent.actors.pacer import Versions, steps_to_admit
+from raygent.actors.replay_store import ReplayStore
+from raygent.actors.worker_pool import WorkerPool
+from raygent.cluster.keeper import end_app, start_keeper, stop_keeper
+from raygent.cluster.serve_app import START_DEADLINE_S, app_name, start_app
+from raygent.cluster.start import cpus_needed, quiet_environment
+from raygent.config import Config
+from raygent.records import Rollout, Sample
+
+logger = logging.getLogger("raygent")
+NAMESPACE = "raygent"
+HEAL_EVERY_S = 5.0
+
+
+class GateError(RuntimeError):
+    """Engine and learner disagree on the log-probabilities of the same tokens: training on them would be wrong."""
+
+
+class Parts:
+    """Store, engine, workers and learners of the run `config` names, as a context manager.
+
+    `step` is the number of steps done, `version` the policy version the engines serve. `learn=False` starts no learners
+    (evaluation only).
+    """
+
+    def __init__(self, config: Config, learn: bool = True) -> None:
+        self.config = config
+        self.learn_too = learn
+        self.directory = config.run_directory
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "config.toml").write_text(config.to_toml())
+        self.versions = Versions(self.directory)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.totals: dict[str, float] = defaultdict(float)
+        self.gated = not learn
+
+    def __enter__(self) -> Parts:
+        quiet_environment()
+        if not ray.is_initialized():
+            # A job has RAY_ADDRESS; without it the driver gets a Ray of its own, not whichever was last started here
+            here: dict[str, Any] = (
+                {} if "RAY_ADDRESS" in os.environ else {"address": "local", "num_cpus": cpus_needed(self.config)}
+            )
+            ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **here)
+        config, secret = self.config, secrets.token_hex(32)
+        checkpoint = latest_checkpoint(self.directory) if config.run.resume else None
+        self.step, self.version = (checkpoint.step, checkpoint.version) if checkpoint else (0, 0)
+        store_name = f"raygent-{config.run.name}-store"
+        actor: Any = ray.remote(ReplayStore)
+        self.store: Any = actor.options(
+            name=store_name,
+            namespace=NAMESPACE,
+            max_restarts=-1,
+            max_task_retries=-1,
+            max_concurrency=1000,
+            num_cpus=0,
+        ).remote(str(self.directory / "store"), config.workers.lease_s, config.workers.max_attempts)
+        ray.get(self.store.rewind.remote(self.step))
+        start_keeper(config, app_name(config), store_name, NAMESPACE)
+        self.learners = LearnerGroup(config) if self.learn_too else None
+        model = str(checkpoint.path) if checkpoint else config.model.path
+        with self.clock("start"), ThreadPoolExecutor(2) as pool:
+            engine = pool.submit(start_app, config, secret, store_name, NAMESPACE, self.version, model)
+            if self.learners:
+                pool.submit(self.learners.start, checkpoint).result()
+            self.engine = engine.result()
+        self.pool = WorkerPool(config, self.store, self.engine, secret)
+        self.pool.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.pool.stop()
+        if self.learners:
+            self.learners.stop()
+        end_app(app_name(self.config))
+        stop_keeper(app_name(self.config), NAMESPACE)
+        ray.get(self.store.close.remote())
+        ray.kill(self.store)
+
+    @contextmanager
+    def clock(self, part: str) -> Iterator[None]:
+        """Adds the wall time of the block to `seconds[part]` of this step and of the run."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[part] += time.monotonic() - started
+            self.totals[part] += time.monotonic() - started
+
+    def measures(self) -> dict[str, float]:
+        """The seconds of each part since the last call, as `seconds/PART`."""
+        taken = {f"seconds/{part}": value for part, value in self.seconds.items()}
+        self.seconds.clear()
+        return taken
+
+    # what the driver asks
+
+    def admissible_steps(self) -> range:
+        return steps_to_admit(self.config, self.step)
+
+    def oldest_version(self) -> int:
+        """The oldest policy version a token of this step's batch may have."""
+        return self.versions.at(max(0, self.step - self.config.algorithm.staleness))
+
+    def ask(self, rollouts: list[Rollout]) -> None:
+        """Queue `rollouts`; those that the store knows already stay as they are."""
+        ray.get(self.store.add_rollouts.remote(rollouts))
+
+    def collect(self, step: int, mode: str) -> dict[str, pa.Table]:
+        """Wait for the rollouts of `step` to end, keeping replicas and workers whole meanwhile; the store's tables of them."""
+        while still_open := ray.get(self.store.wait.remote(step, mode, HEAL_EVERY_S)):
+            logger.info("step %d: %d %s rollouts open", step, still_open, mode)
+            self.heal()
+        return ray.get(self.store.take.remote(step, mode))
+
+    def heal(self) -> None:
+        """A replica that was replaced reports an old version and takes no traffic: it gets the weights in force."""
+        try:
+            if self.learners and any(replica["version"] != self.version for replica in self.engine.status()):
+                self.learners.push(self.engine, self.version)
+        except EngineUnavailable as error:  # it is being replaced: seen to next time
+            logger.warning("%s", error)
+
+    def gate(self, samples: list[Sample]) -> None:
+        """Once after every start: engine and learner must agree on what the batch's tokens cost. Raises GateError."""
+        if self.gated or not samples:
+            return
+        assert self.learners
+        learned = self.learners.logprobs(samples)
+        gaps = [abs(sample.logprobs - ours)[sample.loss_mask] for sample, ours in zip(samples, learned, strict=True)]
+        tokens = sum(len(gap) for gap in gaps)
+        mean = float(sum(gap.sum() for gap in gaps)) / max(tokens, 1)
+        worst = max((float(gap.max()) for gap in gaps if len(gap)), default=0.0)
+        print(
+            f"start gate: |engine - learner| logprob over {tokens} tokens: mean {mean:.2e}, max {worst:.2e}", flush=True
+        )
+        if mean > self.config.learner.gate:
+            raise GateError(
+                f"learner.gate: engine and learner differ by {mean:.3g} in mean over {tokens} tokens, more than "
+                f"{self.config.learner.gate}; use the same dtype for both, or raise learner.gate if you know why"
+            )
+        self.gated = True
+
+    def learn(self, samples: list[Sample]) -> dict[str, float]:
+        """One step of the learners on `samples`; the store marks their rollouts as trained."""
+        assert self.learners
+        metrics = self.learners.step(samples, self.step)
+        self.step += 1
+        self.version = self.versions.issue(self.step)
+        trained = sorted({sample.rollout_id for sample in samples})
+        ray.get(self.store.mark_trained.remote(self.step - 1, trained))
+        return metrics
+
+    def push(self) -> dict[str, float]:
+        """The learners' weights to every engine replica, as `version`; where one is being replaced, once it is there.
+
+        Raises EngineUnavailable where none comes back.
+        """
+        assert self.learners
+        deadline = time.monotonic() + START_DEADLINE_S
+        while True:
+            try:
+                return self.learners.push(self.engine, self.version)
+            except EngineUnavailable as error:
+                if time.monotonic() > deadline:
+                    raise
+                logger.warning("%s", error)
+                time.sleep(1)
+
+    def drop(self, rollout_ids: list[str]) -> None:
+        """Count `rollout_ids` as dropped: over the staleness bound."""
+        if rollout_ids:
+            ray.get(self.store.cancel.remote(rollout_ids))
+
+    def checkpoint_if_due(self) -> None:
+        if self.step % self.config.run.checkpoint_every == 0:
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """Weights and optimiser of `step`, and the store's sealed logs rolled into Parquet."""
+        assert self.learners
+        self.learners.save(self.step, self.version)
+        ray.get(self.store.roll.remote())
+
+    def restart_learners(self) -> None:
+        """Fresh learners from the last checkpoint (or the first weights); the steps after it are done again."""
+        assert self.learners
+        checkpoint = latest_checkpoint(self.directory)
+        self.step, self.version = (checkpoint.step, checkpoint.version) if checkpoint else (0, 0)
+        self.learners.restart(checkpoint)
+        ray.get(self.store.rewind.remote(self.step))
+        self.push()
+
+    def counts(self) -> dict[str, Any]:
+        """What the summary tells of the whole run: rollouts by fate, policy version, seconds by part."""
+        return {
+            "policy_version": self.version,
+            "rollouts": ray.get(self.store.status.remote()),
+            "seconds": {part: round(value, 2) for part, value in self.totals.items()},
+        }

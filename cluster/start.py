@@ -1,0 +1,184 @@
+"""`raygent train` on this machine: a Ray of our own where none is named, and the job submitted to it as on a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import re
+import secrets
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from raygent.actors.subprocess_agent import Supervised
+from raygent.config import Config
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would have Ray build the environment again for each worker
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",  # 5 s are short on a busy small machine: Serve kills the proxy then
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "WANDB_SILENT": "true",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONUNBUFFERED": "1",
+}
+START_DEADLINE_S = 180.0
+STOP_DEADLINE_S = 30.0
+STEP = re.compile(r"^step (\d+)/(\d+) (.*)")
+
+
+def quiet_environment() -> None:
+    """Usage statistics of every library off, in this process and those it starts."""
+    os.environ.update(QUIET)
+
+
+def before_ray() -> None:
+    """What has to be in the environment before Ray is imported. A Ray of our own gets a token: other users stay out."""
+    quiet_environment()
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+
+def submit_and_follow(config: Config, module: str, arguments: list[str]) -> int:
+    """Run `python -m MODULE ARGUMENTS` as a Ray job and follow its log; the exit status.
+
+    On the cluster that RAY_ADDRESS names (http://host:8265), else on a Ray started for it here and ended with it.
+    Ctrl-C stops the job.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("http"):
+        return _follow(address, module, arguments, {"working_dir": str(config.folder)})
+    with local_ray(config) as dashboard:
+        return _follow(dashboard, module, arguments, {})
+
+
+@contextmanager
+def local_ray(config: Config) -> Iterator[str]:
+    """A Ray head on loopback ports, for the time of the block; also when this process is killed nothing of it stays.
+
+    Yields the dashboard's address.
+    """
+    port, dashboard = free_port(), free_port()
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
+        f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}",
+        f"--dashboard-agent-listen-port={free_port()}",  # the usual one may be another Ray's
+        f"--num-cpus={cpus_needed(config)}", "--disable-usage-stats",
+        f"--object-store-memory={512 * 2**20}",
+    ]  # fmt: skip
+    environment = {name: value for name, value in os.environ.items() if name not in ("RAY_ADDRESS",)}
+    with tempfile.TemporaryFile() as log:
+        print("starting Ray on this machine", flush=True)
+        cluster = Supervised(command, Path.cwd(), environment, stdin=log, stdout=log, stderr=log)
+        try:
+            _wait_for_port(dashboard, cluster, log)
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            cluster.stop()
+            cluster.process.wait()
+
+
+def cpus_needed(config: Config) -> int:
+    """As many CPUs as the run's actors ask for, and no fewer than there are: on a small machine they share them."""
+    need = config.learner.ranks + config.engine.replicas + config.workers.max * config.workers.cpus + 1
+    return max(os.cpu_count() or 1, math.ceil(need))
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return probe.getsockname()[1]
+
+
+def _wait_for_port(port: int, cluster: Supervised, log: Any) -> None:
+    deadline = time.monotonic() + START_DEADLINE_S
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if cluster.process.poll() is not None or time.monotonic() > deadline:
+            log.seek(0)
+            raise RuntimeError(f"Ray did not start:\n{log.read().decode(errors='replace')[-2000:]}")
+        time.sleep(0.2)
+
+
+def _follow(address: str, module: str, arguments: list[str], runtime_env: dict[str, Any]) -> int:
+    from ray.job_submission import JobStatus, JobSubmissionClient
+
+    entrypoint = shlex.join([sys.executable if not runtime_env else "python", "-m", module, *arguments])
+    submission = {"entrypoint": entrypoint, "runtime_env": runtime_env | {"env_vars": QUIET}}
+    client, job = _submit(JobSubmissionClient, address, submission)
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        asyncio.run(_tail(client, job))
+    except KeyboardInterrupt:
+        print("stopping", flush=True)
+        client.stop_job(job)
+        deadline = time.monotonic() + STOP_DEADLINE_S
+        while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    while not client.get_job_status(job).is_terminal():
+        time.sleep(0.2)
+    info = client.get_job_info(job)
+    if info.status == JobStatus.SUCCEEDED:
+        return 0
+    print(f"job {job} {info.status.lower()}: {info.message}", file=sys.stderr)
+    return info.driver_exit_code or 1
+
+
+def _submit(make: Any, address: str, submission: dict[str, Any]) -> tuple[Any, str]:
+    """The client and the job's id. A Ray that has just started takes jobs a little after its dashboard answers."""
+    deadline = time.monotonic() + START_DEADLINE_S
+    while True:
+        try:
+            client = make(address)
+            return client, client.submit_job(**submission)
+        except (ConnectionError, RuntimeError) as error:
+            if time.monotonic() > deadline or (
+                "No available agent" not in str(error) and isinstance(error, RuntimeError)
+            ):
+                raise
+            time.sleep(0.5)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+async def _tail(client: Any, job: str) -> None:
+    """The job's log as it is; on a terminal its steps as a progress bar."""
+    bar = tqdm(total=0, unit="step") if sys.stderr.isatty() else None
+    rest = ""
+    async for chunk in client.tail_job_logs(job):
+        *lines, rest = (rest + chunk).split("\n")
+        for line in lines:
+            step = STEP.match(line)
+            if bar is not None and step:
+                bar.total, bar.n = int(step[2]), int(step[1])
+                bar.set_postfix_str(step[3][:80])
+            elif bar is not None:
+                bar.write(line)
+            else:
+                print(line, flush=True)
+    if rest:
+        print(rest, flush=True)
+    if bar is not None:
+        bar.close()

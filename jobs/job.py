@@ -1,0 +1,23 @@
+"""What the jobs share: a command line of CONFIG [section.key=value ...], of which wrong input is one line and status 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from raygent.config import Config, ConfigError, load
+from raygent.jobs.dry_run import check
+
+
+def run_job(arguments: list[str], do: Callable[[Config], None]) -> int:
+    """`do(config)` once the config is known to be right; the exit status. Import Ray and torch within `do`, not before."""
+    try:
+        if not arguments:
+            raise ConfigError("CONFIG: missing; give the run's TOML, then overrides as run.steps=20")
+        config = load(arguments[0], arguments[1:])
+        check(config)
+        do(config)
+    except ConfigError as error:
+        print(f"raygent: {error}", file=sys.stderr)
+        return 2
+    return 0

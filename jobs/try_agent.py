@@ -1,0 +1,187 @@
+"""`raygent try CONFIG [section.key=value ...] [--task ID]`: one task through all the parts of a run, without training.
+
+It has a run directory of its own, NAME-try, made anew each time; the store of the run NAME is not touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections import Counter
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from raygent.config import Config, ConfigError, load
+from raygent.jobs.dry_run import check
+from raygent.records import SCHEMAS, Rollout, Task, to_json
+from raygent.task import load_tasks
+
+Row = dict[str, Any]
+SHOWN = 2000  # characters of one message, and of an error, from its end
+
+
+def config_to_try(config: Config) -> Config:
+    """`config` for one rollout, in a run directory of its own, which is emptied. Raises ConfigError where a real run is there."""
+    config.run.name = f"{config.run.name[:60]}-try"
+    if (config.run_directory / "checkpoints").exists():
+        raise ConfigError(f"run.name: {config.run_directory} holds a run that was trained; choose another run.name")
+    shutil.rmtree(config.run_directory, ignore_errors=True)
+    config.engine.replicas = config.workers.min = config.workers.max = 1
+    return config
+
+
+def choose_task(config: Config, task_id: str | None) -> Task:
+    """The task `task_id` of data.train, or the first. Raises ConfigError where there is none of that id."""
+    tasks = load_tasks(config.data.train, "data.train")
+    for task in tasks:
+        if task_id in (None, task.id):
+            return task
+    raise ConfigError(
+        f"--task: no task {task_id!r} in {config.data.train}; the first are {', '.join(t.id for t in tasks[:5])}"
+    )
+
+
+def try_agent(config: Config, task: Task) -> int:
+    """Run `task` once and print what happened; 0 where the rollout succeeded, else 1."""
+    from raygent.cluster.parts import Parts
+
+    with Parts(config, learn=False) as parts:
+        parts.ask([Rollout("try", task.id, "try", "train", 0, 0, task.input, task.private, parts.version)])
+        parts.collect(0, "train")
+    # The store is closed: all it holds, lost attempts too, is in Parquet.
+    tables = {name: _rows(config.run_directory / "store" / name) for name in SCHEMAS}
+    print(f"\ntask {task.id}: {_cut(to_json(task.input))}")
+    for attempt in tables["attempts"]:
+        records = {name: _of(attempt, tables[name]) for name in ("calls", "spans", "rewards")}
+        _tell_attempt(config, attempt, records)
+    (rollout,) = tables["rollouts"]
+    if rollout["status"] == "lost":
+        print(f"\nlost: infrastructure failed in all of workers.max_attempts = {config.workers.max_attempts} attempts")
+    print(f"\nrecorded in {config.run_directory / 'store'}")
+    return 0 if rollout["status"] == "succeeded" else 1
+
+
+def _rows(folder: Path) -> list[Row]:
+    return pq.read_table(folder).to_pylist() if any(folder.glob("*.parquet")) else []
+
+
+def _of(attempt: Row, rows: list[Row]) -> list[Row]:
+    return sorted((row for row in rows if row["attempt"] == attempt["attempt"]), key=lambda row: row["sequence"])
+
+
+def _tell_attempt(config: Config, attempt: Row, records: dict[str, list[Row]]) -> None:
+    calls = records["calls"]
+    seconds = (attempt["finished"] or attempt["started"]) - attempt["started"]
+    print(f"\nattempt {attempt['attempt']}: {attempt['outcome']}, {seconds:.1f} s")
+    _tell_conversation(config, calls)
+    for span in records["spans"]:
+        print(f"\n[{span['kind']} {span['name']}] {_cut(span['attributes'])}")
+    print()
+    for reward in records["rewards"]:
+        whose = f" of agent {reward['agent']}" if reward["agent"] else ""
+        parts = "".join(f", {name} {value:g}" for name, value in json.loads(reward["components"]).items())
+        print(f"{reward['name']}{whose}: {reward['value']:g}{parts}")
+    print(f"outcome: {attempt['outcome']}, reward {attempt['reward']}")
+    if attempt["error"]:
+        print(f"error: {_cut(attempt['error'])}")
+    _tell_recorded(config, calls, records)
+
+
+def _tell_conversation(config: Config, calls: list[Row]) -> None:
+    """Each call: the messages that the agent's call before did not have, and what was sampled."""
+    if not calls:
+        return
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(config.model.path)
+    before: dict[str, list[str]] = {}
+    for call in calls:
+        messages = messages_of(json.loads(call["request"]))
+        known = before.get(call["agent"], [])
+        same = len(known) if messages[: len(known)] == known else 0
+        before[call["agent"]] = messages
+        print(f"\ncall {call['sequence']} of agent {call['agent']} ({call['api']}, {call['finish_reason']})")
+        if same:
+            print(f"  ({same} messages as before)")
+        for message in messages[same:]:
+            print(_indented(message))
+        print(_indented(f"=> {tokenizer.decode(call['response_token_ids'])}"))
+
+
+def messages_of(request: Row) -> list[str]:
+    """The conversation in a request's body, a text a message, whatever the API."""
+    found = [f"{name}: {_text(request[name])}" for name in ("system", "instructions") if request.get(name)]
+    rest = request.get("messages") or request.get("input") or request.get("prompt") or []
+    of_tokens = isinstance(rest, list) and rest != [] and all(isinstance(item, int) for item in rest)
+    for item in rest if isinstance(rest, list) and not of_tokens else [rest]:
+        if not isinstance(item, dict):
+            found.append(f"user: {_text(item)}")
+            continue
+        told = {name: value for name, value in item.items() if name not in ("role", "content", "type") and value}
+        extra = f" {json.dumps(told, ensure_ascii=False)}" if told else ""
+        found.append(f"{item.get('role') or item.get('type')}: {_text(item.get('content'))}{extra}")
+    if request.get("tools"):
+        found.append(f"tools: {json.dumps(request['tools'], ensure_ascii=False)}")
+    return found
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        return " ".join(str(part.get("text", part)) if isinstance(part, dict) else str(part) for part in content)
+    return "" if content is None else content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+
+
+def _tell_recorded(config: Config, calls: list[Row], records: dict[str, list[Row]]) -> None:
+    from raygent.algorithms.trajectory import build
+
+    prompt = sum(len(call["prompt_token_ids"]) for call in calls)
+    sampled = sum(len(call["response_token_ids"]) for call in calls)
+    versions = sorted({version for call in calls for version in call["policy_versions"]})
+    print(
+        f"recorded: {len(calls)} calls, {prompt} prompt and {sampled} sampled tokens of policy version "
+        f"{', '.join(map(str, versions)) or 'none'}, {len(records['rewards'])} rewards, {len(records['spans'])} spans"
+    )
+    for trajectory in build(calls):
+        meant = any(fnmatch(trajectory.agent, pattern) for pattern in config.agent.train)
+        made = [node.call for node in trajectory.nodes]
+        trained = sum(len(call["response_token_ids"]) for call in made if meant and call["trainable"])
+        why = Counter(
+            call["untrainable_why"] if meant else "agent.train" for call in made if not meant or not call["trainable"]
+        )
+        print(
+            f"agent {trajectory.agent}: {len(made)} calls, {trajectory.branches} branches, {trained} tokens to train on"
+            + "".join(f"; {count} calls are not trained: {reason}" for reason, count in why.items())
+        )
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN else "..." + text[-SHOWN:]
+
+
+def _indented(text: str) -> str:
+    return "\n".join("  " + line for line in _cut(text).splitlines())
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="raygent try")
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    parser.add_argument("--task")
+    asked = parser.parse_args(arguments)
+    try:
+        config = config_to_try(load(asked.config, asked.overrides))
+        task = choose_task(config, asked.task)
+        check(config)
+    except ConfigError as error:
+        print(f"raygent: {error}", file=sys.stderr)
+        return 2
+    return try_agent(config, task)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

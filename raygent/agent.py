@@ -1,0 +1,140 @@
+"""What an agent and a grader are to raygent: callables of the user's, found by name, called with what they ask for."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import json
+import numbers
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from raygent.config import ConfigError
+from raygent.emit import finite
+
+POLICY = "policy"  # the model name under which the engine serves the policy
+
+# What an agent and a grader are offered, in this order; the names by which a parameter can ask for each.
+AGENT_OFFERS = (("task", "input", "task_input"), ("model", "endpoint"))
+GRADER_OFFERS = (("input", "task", "task_input"), ("private", "gold"), ("output", "answer"))
+
+
+@dataclass(frozen=True)
+class ModelEndpoint:
+    """Where this attempt's model is: give `base_url`, `api_key` and `model` to any OpenAI-compatible client.
+
+    The key is good for this attempt alone, and ends with it.
+    """
+
+    base_url: str  # .../v1
+    api_key: str
+    model: str = POLICY
+
+    def agent(self, name: str) -> ModelEndpoint:
+        """The same model for the agent `name`: its calls are recorded, rewarded and trained under that name."""
+        root = self.base_url.removesuffix("/v1").partition("/agent/")[0]
+        return replace(self, base_url=f"{root}/agent/{quote(name, safe='')}/v1")
+
+    @property
+    def anthropic_base_url(self) -> str:
+        """The Anthropic clients add /v1 themselves."""
+        return self.base_url.removesuffix("/v1")
+
+
+def load_callable(run: str, folder: Path, key: str) -> Callable[..., Any]:
+    """The callable of "file.py:function" or "package.module:function"; `folder` goes on sys.path.
+
+    An object with a method `run`, or a class of such objects (made without arguments), will do as well.
+    Raises ConfigError, naming `key`, where it cannot be imported or called.
+    """
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+    module_name, _, name = run.partition(":")
+    try:
+        module = _import(module_name, folder)
+        found = getattr(module, name)
+        if inspect.isclass(found):
+            found = found()
+    except (Exception, SystemExit) as error:  # the user's module may raise anything
+        raise ConfigError(f"{key}: {run} cannot be imported: {type(error).__name__}: {str(error)[:300]}") from error
+    if not callable(found):
+        found = getattr(found, "run", None)
+    if not callable(found):
+        raise ConfigError(f"{key}: {run} is {type(getattr(module, name)).__name__}, not a function; name a callable")
+    return found
+
+
+def _import(module_name: str, folder: Path) -> Any:
+    if not module_name.endswith(".py"):
+        return importlib.import_module(module_name)
+    file = (folder / module_name).resolve()
+    loaded = sys.modules.get(file.stem)
+    if loaded is not None and getattr(loaded, "__file__", None) == str(file):
+        return loaded
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    if loaded is None:
+        sys.modules[file.stem] = module  # pickling and dataclasses look modules up here
+    spec.loader.exec_module(module)
+    return module
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def arguments(
+    function: Callable[..., Any], offers: tuple[tuple[str, ...], ...], values: tuple[Any, ...], key: str
+) -> tuple[list[Any], dict[str, Any]]:
+    """Positional and keyword arguments for `function`: by name where all its parameters are known ones, else by place.
+
+    Raises ConfigError, naming `key`, where it asks for more than is offered.
+    """
+    parameters = list(inspect.signature(function).parameters.values())
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return list(values), {}
+    named = {name: value for names, value in zip(offers, values, strict=True) for name in names}
+    asked = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    positional_only = any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in asked)
+    known = [parameter for parameter in asked if parameter.name in named]
+    if not positional_only and all(p.name in named or p.default is not p.empty for p in asked) and known:
+        return [], {parameter.name: named[parameter.name] for parameter in known}
+    required = [parameter for parameter in asked if parameter.default is parameter.empty]
+    if len(required) > len(values) or any(parameter.kind is parameter.KEYWORD_ONLY for parameter in required):
+        offered = ", ".join(names[0] for names in offers)
+        raise ConfigError(f"{key}: takes ({', '.join(p.name for p in asked)}); it is called with ({offered})")
+    return list(values[: len(required)]), {}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A reward as an agent or a grader gave it."""
+
+    value: float
+    components: dict[str, float]
+
+
+def read_verdict(value: Any, who: str) -> Verdict | None:
+    """A number, or a dict whose "reward" is one and whose other numbers are components; None where it is neither.
+
+    True and False are 1 and 0. Raises ValueError or TypeError for a reward that is no finite number.
+    """
+    if isinstance(value, numbers.Real):
+        return Verdict(finite(value, f"the reward {who} gave"), {})
+    if isinstance(value, dict) and "reward" in value:
+        parts = {str(name): part for name, part in value.items() if name != "reward" and isinstance(part, numbers.Real)}
+        reward = finite(value["reward"], f"the reward {who} gave")
+        return Verdict(reward, {name: finite(part, f"component {name!r} {who} gave") for name, part in parts.items()})
+    return None
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON has it (tuples become lists). Raises TypeError or ValueError where it is nothing of the kind."""
+    return json.loads(json.dumps(value))

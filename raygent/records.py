@@ -1,0 +1,290 @@
+"""The entities of a run and their Arrow schemas: the one place where a record's shape is stated.
+
+Every table of the replay store has one of these schemas, in the log as in the Parquet files. Times are Unix seconds
+(float64). Token ids are int32, logprobs float32 and natural, one entry a sampled token.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+
+Mode = Literal["train", "eval"]
+
+# The winning attempt succeeded, or ended in an outcome of the agent's own making, which the configured reward answers.
+SUCCEEDED = "succeeded"
+OUTCOMES = ("agent_error", "timeout", "max_calls", "context_overflow", "no_call", "no_reward", "grader_error")
+# Ours to answer for: these attempts are made again and never trained on.
+INFRASTRUCTURE = (
+    "lease_lost",
+    "worker_error",
+    "engine_lost",
+    "incomplete",
+    "store_restarted",
+    "timeout_infrastructure",
+)
+# A rollout's status: queued, running, then one of the ends.
+#   succeeded  an attempt won with outcome "succeeded"
+#   failed     an attempt won with one of OUTCOMES; its reward is grader.failed_reward
+#   lost       every attempt allowed failed for infrastructure's sake
+#   dropped    cancelled, or over the staleness bound when its group was taken
+ENDED = ("succeeded", "failed", "lost", "dropped")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One item of the user's data. `input` is what the agent sees, `private` what the grader alone sees (JSON values)."""
+
+    id: str
+    input: Any
+    private: Any = None
+
+
+@dataclass
+class Rollout:
+    """One run of the agent on one task: `index` of its `group_id`, made for driver step `step`."""
+
+    rollout_id: str
+    task_id: str
+    group_id: str
+    mode: Mode
+    step: int
+    index: int
+    input: Any
+    private: Any = None
+    resource_version: int = 0  # policy version asked for (eval: pinned; train: the newest when it was queued)
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right, until `expires`, to try `rollout` as attempt number `attempt` (from 1)."""
+
+    rollout: Rollout
+    attempt: int
+    expires: float
+
+
+@dataclass
+class Call:
+    """One model request and its reply, as the engine ran it.
+
+    `source` and `source_sequence` name it where it was recorded (an engine replica and its own count within the
+    attempt, from 0): appends are idempotent by them. `sequence` is its place in the attempt, given by the store.
+    A request with n > 1 is n calls with the same `request_id`, `choice` 0..n-1.
+    `trainable` is False where the logprobs are not those of the plain policy (`untrainable_why`: grammar, upstream,
+    prompt_logprobs_only, ...): such tokens never get a loss mask.
+    """
+
+    rollout_id: str
+    attempt: int
+    source: str
+    source_sequence: int
+    request_id: str
+    choice: int
+    agent: str
+    policy: str
+    api: str  # chat | completions | responses | messages
+    request: str  # JSON of the body as the client sent it
+    prompt_token_ids: list[int]
+    response_token_ids: list[int]
+    logprobs: list[float]  # len(response_token_ids), of the processed (sampled-from) distribution
+    policy_versions: list[int]  # len(response_token_ids)
+    sampling: str  # JSON of the sampling parameters the engine used
+    temperature: float
+    finish_reason: str  # stop | length | tool_calls | abort | error
+    trainable: bool
+    untrainable_why: str
+    started: float
+    finished: float
+    sequence: int = -1
+
+
+@dataclass
+class Span:
+    """Any other event of an attempt. `kind`: log, stdout, tool, exception, note. `attributes` is JSON."""
+
+    rollout_id: str
+    attempt: int
+    source: str
+    source_sequence: int
+    kind: str
+    name: str
+    attributes: str
+    started: float
+    finished: float
+    sequence: int = -1
+
+
+@dataclass
+class Reward:
+    """A number for a rollout, one call (`call_sequence` >= 0) or one agent (`agent` != "")."""
+
+    rollout_id: str
+    attempt: int
+    source: str
+    source_sequence: int
+    value: float
+    name: str = "reward"
+    components: str = "{}"  # JSON object name -> number
+    agent: str = ""
+    call_sequence: int = -1
+    time: float = 0.0
+    sequence: int = -1
+
+
+@dataclass
+class Seal:
+    """What a worker states when it ends an attempt: nothing of the attempt counts before the store has made it durable.
+
+    `calls`, `spans`, `rewards` map a source to the number of records it made; the store refuses as "incomplete" an
+    attempt that lacks one of them.
+    """
+
+    rollout_id: str
+    attempt: int
+    worker: str
+    outcome: str  # SUCCEEDED, one of OUTCOMES, or one of INFRASTRUCTURE
+    reward: float | None
+    calls: dict[str, int] = field(default_factory=dict)
+    spans: dict[str, int] = field(default_factory=dict)
+    rewards: dict[str, int] = field(default_factory=dict)
+    error: str = ""
+    started: float = 0.0
+    finished: float = 0.0
+
+
+CALLS = pa.schema(
+    [
+        ("rollout_id", pa.string()),
+        ("attempt", pa.int32()),
+        ("sequence", pa.int32()),
+        ("source", pa.string()),
+        ("source_sequence", pa.int32()),
+        ("request_id", pa.string()),
+        ("choice", pa.int32()),
+        ("agent", pa.string()),
+        ("policy", pa.string()),
+        ("api", pa.string()),
+        ("request", pa.large_string()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("response_token_ids", pa.list_(pa.int32())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("policy_versions", pa.list_(pa.int32())),
+        ("sampling", pa.string()),
+        ("temperature", pa.float32()),
+        ("finish_reason", pa.string()),
+        ("trainable", pa.bool_()),
+        ("untrainable_why", pa.string()),
+        ("started", pa.float64()),
+        ("finished", pa.float64()),
+    ]
+)
+SPANS = pa.schema(
+    [
+        ("rollout_id", pa.string()),
+        ("attempt", pa.int32()),
+        ("sequence", pa.int32()),
+        ("source", pa.string()),
+        ("source_sequence", pa.int32()),
+        ("kind", pa.string()),
+        ("name", pa.string()),
+        ("attributes", pa.large_string()),
+        ("started", pa.float64()),
+        ("finished", pa.float64()),
+    ]
+)
+REWARDS = pa.schema(
+    [
+        ("rollout_id", pa.string()),
+        ("attempt", pa.int32()),
+        ("sequence", pa.int32()),
+        ("source", pa.string()),
+        ("source_sequence", pa.int32()),
+        ("name", pa.string()),
+        ("value", pa.float64()),
+        ("components", pa.string()),
+        ("agent", pa.string()),
+        ("call_sequence", pa.int32()),
+        ("time", pa.float64()),
+    ]
+)
+ATTEMPTS = pa.schema(
+    [
+        ("rollout_id", pa.string()),
+        ("attempt", pa.int32()),
+        ("worker", pa.string()),
+        ("outcome", pa.string()),
+        ("reward", pa.float64()),
+        ("won", pa.bool_()),
+        ("late", pa.bool_()),  # sealed after another attempt had won: kept, never trained
+        ("calls", pa.int32()),
+        ("spans", pa.int32()),
+        ("rewards", pa.int32()),
+        ("error", pa.string()),
+        ("started", pa.float64()),
+        ("finished", pa.float64()),
+    ]
+)
+ROLLOUTS = pa.schema(
+    [
+        ("rollout_id", pa.string()),
+        ("task_id", pa.string()),
+        ("group_id", pa.string()),
+        ("mode", pa.string()),
+        ("step", pa.int32()),
+        ("index", pa.int32()),
+        ("input", pa.large_string()),  # JSON
+        ("private", pa.large_string()),  # JSON
+        ("resource_version", pa.int32()),
+        ("status", pa.string()),
+        ("outcome", pa.string()),
+        ("winning_attempt", pa.int32()),  # 0 while none has won
+        ("attempts", pa.int32()),
+        ("reward", pa.float64()),
+        ("trained_step", pa.int32()),  # the learner step that took it, -1 where none did
+        ("queued", pa.float64()),
+        ("ended", pa.float64()),
+    ]
+)
+SCHEMAS = {"rollouts": ROLLOUTS, "attempts": ATTEMPTS, "calls": CALLS, "spans": SPANS, "rewards": REWARDS}
+
+
+def to_batch(schema: pa.Schema, records: list[Any]) -> pa.RecordBatch:
+    """Dataclass records (or dicts) as one record batch of `schema`."""
+    rows = [record if isinstance(record, dict) else asdict(record) for record in records]
+    return pa.RecordBatch.from_pydict({name: [row[name] for row in rows] for name in schema.names}, schema=schema)
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+
+
+@dataclass
+class Sample:
+    """One path of a trajectory as a learner takes it. All arrays have length T = len(token_ids).
+
+    Position t holds a token, and what is known of its sampling: `loss_mask[t]` is True only where token t was sampled
+    by a trained agent's policy and is counted in this sample (a token shared by several paths is masked in one alone).
+    `logprobs[t]` is the engine's log-probability of token t given tokens < t, `advantages[t]` its advantage, and
+    `policy_versions[t]` the version that sampled it; all three are 0 where the mask is False.
+    `weight` multiplies the loss of each masked token: the weights are set over the whole batch so that a rollout's total
+    does not depend on how many samples it split into, and the sum over the batch of weight x masked tokens is 1.
+    """
+
+    rollout_id: str
+    group_id: str
+    agent: str
+    token_ids: np.ndarray  # int32 [T]
+    loss_mask: np.ndarray  # bool [T]
+    logprobs: np.ndarray  # float32 [T]
+    advantages: np.ndarray  # float32 [T]
+    policy_versions: np.ndarray  # int32 [T]
+    temperature: np.ndarray  # float32 [T], the temperature token t was sampled at; 1 where the mask is False
+    weight: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.token_ids)

@@ -1,0 +1,73 @@
+"""The user's tasks, read from JSONL or Parquet."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from raygent.config import ConfigError
+from raygent.records import Task
+
+KEYS = ("id", "input", "private")
+
+
+def load_tasks(path: str | Path, key: str = "data.train") -> list[Task]:
+    """Read tasks: each row has `id` (unique), `input`, and optionally `private`.
+
+    Raises ConfigError, naming `key` and the line, for a row that is no task.
+    """
+    path = Path(path)
+    try:
+        rows = _parquet_rows(path, key) if path.suffix == ".parquet" else _json_rows(path, key)
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be read: {error.strerror or error}") from error
+    tasks: list[Task] = []
+    seen: dict[str, str] = {}
+    for place, row in rows:
+        if not isinstance(row, dict) or "id" not in row or "input" not in row:
+            has = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
+            raise ConfigError(f'{key}: {path} {place} needs "id" and "input" (and may have "private"), not {has[:120]}')
+        if unknown := sorted(set(row) - set(KEYS)):
+            raise ConfigError(f"{key}: {path} {place} has {unknown[0]!r}; put it under input or private")
+        if isinstance(row["id"], bool) or not isinstance(row["id"], str | int) or row["id"] == "":
+            raise ConfigError(f"{key}: {path} {place}: the id is a text or a whole number, not {row['id']!r}")
+        name = str(row["id"])
+        if name in seen:
+            raise ConfigError(f"{key}: {path} {place} repeats the id {name!r} of {seen[name]}; ids are unique")
+        seen[name] = place
+        tasks.append(Task(name, row["input"], row.get("private")))
+    if not tasks:
+        raise ConfigError(f'{key}: {path} holds no task; a line is {{"id": "1", "input": ..., "private": ...}}')
+    return tasks
+
+
+def _json_rows(path: Path, key: str) -> list[tuple[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{key}: {path} is not UTF-8 at byte {error.start}; give JSONL in UTF-8, or Parquet"
+        ) from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):  # not splitlines(): a JSON text may hold U+2028
+        if line.strip():
+            try:
+                rows.append((f"line {number}", json.loads(line)))
+            except ValueError as error:
+                raise ConfigError(f"{key}: {path} line {number} is not JSON: {error}; give one task a line") from error
+    return rows
+
+
+def _parquet_rows(path: Path, key: str) -> list[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path).to_pylist()
+        json.dumps(rows)
+    except pa.ArrowException as error:
+        raise ConfigError(f"{key}: {path} is not a whole Parquet file: {error}") from error
+    except TypeError as error:
+        raise ConfigError(f"{key}: {path} holds values that JSON has not: {error}; store them as text") from error
+    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]

@@ -1,0 +1,74 @@
+"""kill -9 of each part of a running training, then of the driver: it goes on, and the ledgers equal the tables."""
+
+import json
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from running import Training, check_run, gone, kill, make_run, of_run
+
+from raygent.cluster.metrics import read_lines
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+STEPS = 14
+
+
+def command(toml: Path, *overrides: str) -> list[str]:
+    return [sys.executable, "-m", "raygent.cli", "train", str(toml), *overrides]
+
+
+def one(folder: Path, word: str):
+    found = of_run(folder, word)
+    assert found, f"no process {word} there"
+    return found[0]
+
+
+def test_every_part_killed_in_one_run(tmp_path):
+    toml = make_run(tmp_path, STEPS)
+    run = tmp_path / "runs" / "chaos"
+    training = Training(command(toml), tmp_path)
+    training.wait_for("step 1/")
+    kill(one(tmp_path, "ray::RolloutWorker"))
+    training.wait_for("step 3/")
+    kill(one(tmp_path, "ray::ReplayStore"))
+    training.wait_for("step 4/")
+    kill(one(tmp_path, "ray::ServeReplica"))
+    training.wait_for("step 6/")
+    kill(one(tmp_path, "VLLM::EngineCore"))
+    training.wait_for("step 8/")
+    kill(one(tmp_path, "ray::Learner"))
+    training.wait_for("going on at step")
+    training.wait_for("step 10/")
+    kill(one(tmp_path, "raygent.jobs.train"))
+    training.process.wait(120)
+    assert training.process.returncode != 0
+    left = gone(lambda: of_run(tmp_path, "ray::", "VLLM", "raylet", "gcs_server", "raygent.jobs"), 60)
+    assert not left
+
+    before = {row["step"]: row for row in read_lines(run / "metrics.jsonl")}
+    wandb_id = (run / "wandb-id").read_text()
+    again = Training(command(toml), tmp_path)
+    said = again.end()
+    assert "going on at step 9" in said  # the last checkpoint
+    assert (run / "wandb-id").read_text() == wandb_id
+    assert len(list((run / "wandb").glob(f"offline-run-*-{wandb_id}"))) == 2
+    summary = check_run(run, tmp_path / "ledger.jsonl", STEPS)
+    assert summary["rollouts"]["retried"] > 0
+    after = {row["step"]: row for row in read_lines(run / "metrics.jsonl")}
+    assert {step: after[step] for step in range(9)} == {step: before[step] for step in range(9)}
+
+    # The data order is that of a run nobody disturbed.
+    from raygent.actors.pacer import train_rollouts
+    from raygent.config import load
+    from raygent.task import load_tasks
+
+    config = load(toml)
+    tasks = load_tasks(config.data.train)
+    asked = {r.rollout_id: r.task_id for step in range(STEPS) for r in train_rollouts(config, tasks, step, 0)}
+    rows = pq.read_table(run / "store" / "rollouts", columns=["rollout_id", "task_id", "mode"]).to_pylist()
+    assert {row["rollout_id"]: row["task_id"] for row in rows if row["mode"] == "train"} == asked
+    versions = [json.loads(line)["version"] for line in (run / "versions.jsonl").read_text().splitlines()]
+    assert versions == sorted(set(versions))

@@ -1,0 +1,525 @@
+"""What the store has of a call is what the client got of it, by each API, and who is let in."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import anthropic
+import httpx
+import openai
+import pytest
+import ray
+from attempts import MAX_CALLS, PARAMETERS, REPLIES, SECRET, TEMPERATURE, TOOLS
+from transformers import AutoTokenizer
+
+from raygent.actors.gateway import mint_key
+from raygent.records import Seal
+
+FLAT_TOOLS = [{"type": "function"} | tool["function"] for tool in TOOLS]
+ANTHROPIC_TOOLS = [
+    {"name": f["name"], "description": f["description"], "input_schema": f["parameters"]}
+    for f in (tool["function"] for tool in TOOLS)
+]
+FINISHED = {"end_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls", "completed": "stop"}
+
+
+@dataclass
+class Reply:
+    """What a client received of one choice: text, tool calls as (name, arguments), and why it ended."""
+
+    content: str = ""
+    tools: list = field(default_factory=list)
+    finish: str = ""
+
+
+def ask_chat(attempt, prompt, stream=False, tools=None, **more):
+    if tools:
+        more["tools"] = tools
+    reply = attempt.openai.chat.completions.create(
+        model="policy", messages=[{"role": "user", "content": prompt}], stream=stream, **more
+    )
+    if not stream:
+        return [chat_reply(choice) for choice in reply.choices]
+    found = {}
+    for chunk in reply:
+        for choice in chunk.choices:
+            so_far, parts = found.setdefault(choice.index, (Reply(), {}))
+            so_far.content += choice.delta.content or ""
+            so_far.finish = choice.finish_reason or so_far.finish
+            for call in choice.delta.tool_calls or []:
+                part = parts.setdefault(call.index, ["", ""])
+                part[0] += call.function.name or ""
+                part[1] += call.function.arguments or ""
+    for so_far, parts in found.values():
+        so_far.tools = [(name, json.loads(arguments)) for name, arguments in parts.values()]
+    return [found[index][0] for index in sorted(found)]
+
+
+def chat_reply(choice):
+    calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls or []]
+    return Reply(choice.message.content or "", calls, choice.finish_reason)
+
+
+def ask_completions(attempt, prompt, stream=False, tools=None, **more):
+    reply = attempt.openai.completions.create(model="policy", prompt=prompt, max_tokens=60, stream=stream, **more)
+    if not stream:
+        return [Reply(choice.text, [], choice.finish_reason) for choice in reply.choices]
+    so_far = Reply()
+    for chunk in reply:
+        so_far.content += chunk.choices[0].text
+        so_far.finish = chunk.choices[0].finish_reason or so_far.finish
+    return [so_far]
+
+
+def ask_responses(attempt, prompt, stream=False, tools=None, **more):
+    if tools:
+        more["tools"] = FLAT_TOOLS
+    reply = attempt.openai.responses.create(model="policy", input=prompt, stream=stream, **more)
+    if not stream:
+        return [response_reply(reply)]
+    text = arguments = ""
+    for event in reply:
+        text += event.delta if event.type == "response.output_text.delta" else ""
+        arguments += event.delta if event.type == "response.function_call_arguments.delta" else ""
+        if event.type == "response.completed":
+            done = response_reply(event.response)
+    assert text == done.content
+    assert arguments.replace(" ", "") == "".join(json.dumps(call) for _, call in done.tools).replace(" ", "")
+    return [done]
+
+
+def response_reply(response):
+    texts = [part.text for item in response.output if item.type == "message" for part in item.content]
+    calls = [(item.name, json.loads(item.arguments)) for item in response.output if item.type == "function_call"]
+    return Reply("".join(texts), calls, "tool_calls" if calls else FINISHED[response.status])
+
+
+def ask_messages(attempt, prompt, stream=False, tools=None, **more):
+    if tools:
+        more["tools"] = ANTHROPIC_TOOLS
+    extra = {name: more.pop(name) for name in ("temperature",) if name in more}  # the client no longer has it
+    asked = {"model": "policy", "max_tokens": 200, "messages": [{"role": "user", "content": prompt}]} | more
+    asked["extra_body"] = extra
+    if stream:
+        with attempt.anthropic.messages.stream(**asked) as events:
+            reply = events.get_final_message()
+    else:
+        reply = attempt.anthropic.messages.create(**asked)
+    texts = [block.text for block in reply.content if block.type == "text"]
+    calls = [(block.name, block.input) for block in reply.content if block.type == "tool_use"]
+    return [Reply("".join(texts), calls, FINISHED[reply.stop_reason])]
+
+
+ASK = {"chat": ask_chat, "completions": ask_completions, "responses": ask_responses, "messages": ask_messages}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model):
+    return AutoTokenizer.from_pretrained(model)
+
+
+@pytest.fixture(scope="module")
+def read(tokenizer):
+    """read(call, tools): the Reply that vLLM's own detokenizer and tool parser make of what was recorded."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.parser import ParserManager
+    from vllm.sampling_params import SamplingParams
+    from vllm.v1.engine import EngineCoreRequest
+    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
+
+    def text_of(call, tools):
+        params = SamplingParams(stop=json.loads(call["sampling"])["stop"], skip_special_tokens=not tools)
+        request = EngineCoreRequest("id", call["prompt_token_ids"], None, params, None, 0.0, None, None, None)
+        detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
+        ids = call["response_token_ids"]
+        for place, token in enumerate(ids):
+            last = place == len(ids) - 1
+            detokenizer.update([token], last and call["finish_reason"] == "stop" and token == tokenizer.eos_token_id)
+        return detokenizer.get_next_output_text(True, False)
+
+    def reply_of(call, tools=None):
+        text = text_of(call, tools)
+        if not tools:
+            return Reply(text, [], call["finish_reason"])
+        messages = [{"role": "user", "content": "-"}]
+        request = ChatCompletionRequest(messages=messages, model="policy", tools=tools, tool_choice="auto")
+        parser = ParserManager.get_parser("hermes", None, True)(tokenizer, request.tools)
+        _, content, found = parser.parse(text, request, enable_auto_tools=True)
+        calls = [(each.name, json.loads(each.arguments)) for each in found or []]
+        return Reply(content or "", calls, "tool_calls" if calls else call["finish_reason"])
+
+    return reply_of
+
+
+def check(call, engine, agent="agent"):
+    """What holds of every record."""
+    sampled = len(call["response_token_ids"])
+    assert sampled > 0
+    assert len(call["logprobs"]) == sampled
+    assert all(-100 < value <= 0 for value in call["logprobs"])
+    assert call["policy_versions"] == [engine.status()[0]["version"]] * sampled
+    assert call["agent"] == agent
+    assert call["started"] < call["finished"]
+
+
+def closed(one):
+    """End the attempt: what the one replica knows of it."""
+    (of_replica,) = one.close().values()
+    return of_replica
+
+
+CASES = [(api, stream, tools) for api in ASK for stream in (False, True) for tools in (False, True)]
+
+
+@pytest.mark.parametrize(
+    ("api", "stream", "tools"), [case for case in CASES if case[0] != "completions" or not case[2]]
+)
+def test_recorded_is_what_the_client_received(attempt, engine, read, tokenizer, api, stream, tools):
+    one, offered = attempt(), TOOLS if tools else None
+    # What it was not taught it answers with fragments of anything, of which vLLM's parsers make one thing or another.
+    prompts = ("both", "say", "call") if tools else ("say",) if api == "messages" else ("say", "something else")
+    replies = [ASK[api](one, prompt, stream, offered)[0] for prompt in prompts]
+    calls = one.calls()
+    assert [call["api"] for call in calls] == [api] * len(prompts)
+    assert [read(call, offered) for call in calls] == replies
+    for call, prompt in zip(calls, prompts, strict=True):
+        check(call, engine)
+        assert call["trainable"] and call["untrainable_why"] == ""
+        if api == "completions":
+            assert call["prompt_token_ids"] == tokenizer(prompt)["input_ids"]
+        else:
+            messages = [{"role": "user", "content": prompt}]
+            rendered = tokenizer.apply_chat_template(
+                messages, tools=offered, add_generation_prompt=True, return_dict=False
+            )
+            assert call["prompt_token_ids"] == rendered
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("tools", [False, True])
+def test_two_choices_of_one_request(attempt, engine, read, stream, tools):
+    one, offered = attempt(), TOOLS if tools else None
+    replies = ask_chat(one, "both", stream, offered, n=2)
+    calls = one.calls()
+    assert [call["choice"] for call in calls] == [0, 1]
+    assert len({call["request_id"] for call in calls}) == 1
+    assert [read(call, offered) for call in calls] == replies
+    for call in calls:
+        check(call, engine)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("api", ["chat", "responses", "messages"])
+def test_real_tool_calls_reach_the_client(attempt, api, stream):
+    """The model was taught them: greedy, under the agent's own parameters, it makes them."""
+    one = attempt("eval")
+    (said,) = ASK[api](one, "say", stream, temperature=0)
+    (called,) = ASK[api](one, "both", stream, TOOLS, temperature=0)
+    assert said == Reply(REPLIES["say"], [], "stop")
+    assert called == Reply("First.\n", [("add", {"a": 3, "b": 4}), ("add", {"a": 5, "b": 6})], "tool_calls")
+    assert [call["temperature"] for call in one.calls()] == [0, 0]
+
+
+def test_a_conversation_goes_on_with_previous_response_id(attempt, tokenizer):
+    one = attempt("eval")
+    first = one.openai.responses.create(model="policy", input="say", temperature=0)
+    *_, done = one.openai.responses.create(model="policy", input="call", previous_response_id=first.id, stream=True)
+    one.openai.responses.create(model="policy", input="say", previous_response_id=done.response.id)
+    calls = one.calls()
+    assert tokenizer.decode(calls[2]["prompt_token_ids"]).count("<|im_start|>user") == 3
+    assert calls[1]["prompt_token_ids"][: len(calls[0]["prompt_token_ids"])] == calls[0]["prompt_token_ids"]
+
+
+def test_several_prompts_in_one_request_are_a_call_each(attempt, read):
+    one = attempt()
+    reply = one.openai.completions.create(model="policy", prompt=["ab", "cd", "ef"], max_tokens=5)
+    calls = sorted(one.calls(), key=lambda call: call["prompt_token_ids"])
+    assert len({call["request_id"] for call in calls}) == 3
+    assert sorted(choice.text for choice in reply.choices) == sorted(read(call).content for call in calls)
+
+
+def test_the_request_is_recorded_as_the_client_sent_it(attempt):
+    one = attempt()
+    body = {"model": "gpt-5", "messages": [{"role": "user", "content": "say"}], "max_tokens": 3, "name": "ü"}
+    assert httpx.post(f"{one.base_url}/v1/chat/completions", json=body).status_code == 200
+    (call,) = one.calls()
+    assert json.loads(call["request"]) == body
+
+
+# hang-ups
+
+
+def sampled_when_over(one, engine):
+    """The attempt's calls, once the engine runs nothing any more; it must stop well before the 1,000 tokens asked for."""
+    deadline = time.monotonic() + 10
+    while engine.status()[0]["running"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return one.calls()
+
+
+LONG = {"max_tokens": 1000, "extra_body": {"ignore_eos": True}}
+
+
+def test_hang_up_in_the_middle_of_a_stream(attempt, engine, read):
+    one = attempt()
+    stream = one.openai.chat.completions.create(
+        model="policy", messages=[{"role": "user", "content": "say"}], stream=True, **LONG
+    )
+    received = ""
+    for chunk in stream:
+        received += chunk.choices[0].delta.content or ""
+        if len(received) > 30:
+            break
+    stream.response.close()
+    (call,) = sampled_when_over(one, engine)
+    check(call, engine)
+    assert call["finish_reason"] == "abort"
+    assert 30 < len(call["response_token_ids"]) < 1000
+    assert read(call).content.startswith(received)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_hang_up_before_a_reply(attempt, engine, n):
+    one = attempt()
+    with pytest.raises(openai.APITimeoutError):
+        one.openai.with_options(timeout=0.5).chat.completions.create(
+            model="policy", messages=[{"role": "user", "content": "say"}], n=n, **LONG
+        )
+    calls = sampled_when_over(one, engine)
+    assert [call["choice"] for call in calls] == list(range(n))
+    for call in calls:
+        check(call, engine)
+        assert call["finish_reason"] == "abort"
+        assert len(call["response_token_ids"]) < 1000
+
+
+def test_the_end_of_an_attempt_stops_what_it_has_in_flight(attempt, engine):
+    one, other = attempt(), attempt()
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask_chat, one, "say", **LONG)
+        while not engine.status()[0]["running"]:
+            time.sleep(0.02)
+        (call,) = one.calls()
+        assert isinstance(asked.exception(10), openai.APIError)
+    assert call["finish_reason"] == "abort" and len(call["response_token_ids"]) < 1000
+    assert ask_chat(other, "say")[0].finish
+    other.calls()
+
+
+# agents and sampling
+
+
+def test_agents_are_told_apart_by_path_header_and_model_name(attempt):
+    one = attempt()
+    asked = {"messages": [{"role": "user", "content": "say"}], "max_tokens": 3}
+    by_path = openai.OpenAI(base_url=f"{one.base_url}/agent/planner/v1", api_key="-", max_retries=0)
+    by_path.chat.completions.create(model="gpt-5", **asked)
+    by_path.chat.completions.create(model="gpt-5", **asked, extra_headers={"x-raygent-agent": "ignored"})
+    anthropic.Anthropic(base_url=f"{one.base_url}/agent/critic", api_key="-").messages.create(model="claude", **asked)
+    one.openai.chat.completions.create(model="gpt-5", **asked, extra_headers={"x-raygent-agent": "solver"})
+    one.openai.chat.completions.create(model="gpt-5-mini", **asked)
+    one.openai.chat.completions.create(model="policy", **asked)
+    by_key = openai.OpenAI(base_url=f"{one.engine.base_url}/v1", api_key=one.key, max_retries=0)
+    by_key.chat.completions.create(model="policy", **asked, extra_headers={"x-raygent-agent": "keyed"})
+    expected = ["planner", "planner", "critic", "solver", "gpt-5-mini", "agent", "keyed"]
+    assert [call["agent"] for call in one.calls()] == expected
+
+
+FRAMEWORKS_OWN = {
+    "temperature": 0.2,
+    "top_p": 0.5,
+    "seed": 3,
+    "max_tokens": 4,
+    "extra_body": {"top_k": 2, "min_p": 0.1},
+}
+
+
+def test_train_mode_samples_from_the_plain_policy(attempt):
+    one = attempt()
+    ask_chat(one, "say", **FRAMEWORKS_OWN)
+    (call,) = one.calls()
+    plain = {"n": 1, "temperature": TEMPERATURE, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None}
+    assert json.loads(call["sampling"]).items() >= plain.items()
+    assert call["temperature"] == pytest.approx(TEMPERATURE) and call["trainable"]
+
+
+def test_eval_mode_samples_as_the_agent_asks(attempt):
+    one = attempt("eval")
+    ask_chat(one, "say", **FRAMEWORKS_OWN)
+    (call,) = one.calls()
+    own = {"temperature": 0.2, "top_p": 0.5, "top_k": 2, "min_p": 0.1, "seed": 3, "max_tokens": 4}
+    assert json.loads(call["sampling"]).items() >= own.items()
+
+
+def test_max_tokens_has_the_configs_bound(attempt):
+    one = attempt("eval")
+    ask_chat(one, "say", temperature=0)
+    ask_chat(one, "say", temperature=0, max_tokens=100_000)
+    ask_messages(one, "say", temperature=0, max_tokens=20_000)
+    assert [json.loads(call["sampling"])["max_tokens"] for call in one.calls()] == [1000] * 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings(attempt, read, stream):
+    one = attempt("eval")
+    (reply,) = ask_chat(one, "say", stream, stop=["all", "nothing"], temperature=0)
+    (call,) = one.calls()
+    assert reply == Reply("Grüße, 你好 🙂 ", [], "stop") == read(call)
+
+
+NAMED = {"type": "function", "function": {"name": "add"}}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "sum", "schema": PARAMETERS}}
+
+
+@pytest.mark.parametrize(
+    ("why", "asked"),
+    [
+        ("structured_outputs", {"tools": TOOLS, "tool_choice": "required"}),
+        ("structured_outputs", {"tools": TOOLS, "tool_choice": NAMED}),
+        ("structured_outputs", {"response_format": SCHEMA}),
+        ("presence_penalty", {"presence_penalty": 0.5}),
+        ("frequency_penalty", {"frequency_penalty": 0.5}),
+        ("repetition_penalty", {"extra_body": {"repetition_penalty": 1.3}}),
+        ("logit_bias", {"logit_bias": {"70": 5}}),
+        ("min_tokens", {"extra_body": {"min_tokens": 5}}),
+        ("allowed_token_ids", {"extra_body": {"allowed_token_ids": [70, 71, 2]}}),
+        ("bad_words", {"extra_body": {"bad_words": ["a"]}}),
+        ("presence_penalty, min_tokens", {"presence_penalty": 0.5, "extra_body": {"min_tokens": 5}}),
+    ],
+)
+def test_what_is_not_sampled_from_the_plain_policy_is_not_trained(attempt, why, asked):
+    one = attempt()
+    ask_chat(one, "both", max_tokens=60, **{"tools": None} | asked)
+    (call,) = one.calls()
+    assert (call["trainable"], call["untrainable_why"]) == (False, why)
+    assert len(call["logprobs"]) == len(call["response_token_ids"])
+
+
+def test_a_required_tool_call_is_one(attempt, read):
+    one = attempt()
+    for choice in ("required", NAMED):
+        (reply,) = ask_chat(one, "call", tools=TOOLS, tool_choice=choice, max_tokens=200)
+        assert reply.tools and reply.tools[0][0] == "add"
+    one.calls()
+
+
+def test_logprobs_of_a_prompt_alone_are_not_trained(attempt):
+    one = attempt()
+    one.openai.completions.create(model="policy", prompt="hello", max_tokens=0, echo=True, logprobs=1)
+    (call,) = one.calls()
+    assert call["untrainable_why"] == "prompt_logprobs_only"
+
+
+# who is let in, and what is refused
+
+
+def test_a_context_overflow_is_the_vendors_400_and_counted(attempt):
+    long = "x" * 3000
+    for api, ask in ASK.items():
+        for stream in (False, True):
+            one = attempt()
+            with pytest.raises((openai.BadRequestError, anthropic.BadRequestError)) as refused:
+                ask(one, long, stream)
+            error = refused.value.response.json()["error"]
+            assert error["type"] == "invalid_request_error"
+            if api == "messages":
+                assert refused.value.response.json()["type"] == "error"
+                assert error["message"].startswith("prompt is too long")
+            else:
+                assert error["code"] == refused.value.code == "context_length_exceeded"
+                assert "maximum context length is 2048 tokens" in error["message"]
+            assert closed(one)["overflow"]
+            assert one.calls() == []
+    assert not closed(attempt())["overflow"]
+
+
+def test_another_400_is_no_overflow(attempt):
+    one = attempt()
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask_chat(one, "say", presence_penalty=7)
+    assert "presence_penalty" in str(refused.value)
+    assert not closed(one)["overflow"]
+
+
+def test_more_calls_than_max_calls_are_refused(attempt):
+    one = attempt()
+    for _ in range(MAX_CALLS):
+        ask_chat(one, "say", max_tokens=1)
+    assert one.openai.models.list().data[0].id == "policy"  # no call
+    with pytest.raises(openai.RateLimitError) as refused:
+        ask_chat(one, "say", max_tokens=1)
+    assert refused.value.code == "raygent_max_calls"
+    assert refused.value.response.headers["x-should-retry"] == "false"
+    with pytest.raises(anthropic.RateLimitError):
+        ask_messages(one, "say")
+    assert closed(one)["over_max_calls"]
+    assert len(one.calls()) == MAX_CALLS
+
+
+def test_only_the_key_of_an_open_attempt_lets_in(attempt):
+    one, over = attempt(), attempt()
+    over.calls()
+    forged = one.key[:-6] + ("A" if one.key[-6] != "A" else "B") + one.key[-5:]
+    foreign = mint_key("another run's", one.id, 1, "train", time.time() + 600)
+    expired = mint_key(SECRET, one.id, 1, "train", time.time() - 1)
+    too_long = mint_key(SECRET, one.id, 1, "train", time.time() + 30 * 86_400)
+    for key in (forged, foreign, expired, too_long, over.key, "none"):
+        for url in (f"{one.engine.base_url}/a/{key}", one.engine.base_url):
+            with pytest.raises(openai.AuthenticationError):
+                openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0).models.list()
+            with pytest.raises(anthropic.AuthenticationError) as refused:
+                anthropic.Anthropic(base_url=url, api_key=key, max_retries=0).messages.create(
+                    model="policy", max_tokens=1, messages=[{"role": "user", "content": "say"}]
+                )
+            assert refused.value.response.json()["type"] == "error"
+    assert httpx.get(f"{one.engine.base_url}/v1/models").status_code == 401
+    assert ask_chat(one, "say")[0].finish
+    one.calls()
+
+
+def test_what_would_not_be_recorded_right_is_refused(attempt):
+    one = attempt()
+    url, message = f"{one.base_url}/v1", {"messages": [{"role": "user", "content": "say"}]}
+    beam = httpx.post(f"{url}/chat/completions", json=message | {"use_beam_search": True, "n": 2})
+    background = httpx.post(f"{url}/responses", json={"input": "say", "background": True})
+    assert (beam.status_code, background.status_code) == (400, 400)
+    assert "beam search" in beam.json()["error"]["message"]
+    assert httpx.post(f"{url}/embeddings", json={"input": "say"}).status_code == 404
+    assert httpx.post(f"{url}/chat/completions", content=b"{").status_code == 400
+    assert httpx.post(f"{url}/chat/completions", content=b"[]").status_code == 400
+    assert one.calls() == []
+
+
+def test_calls_under_one_request_id_of_the_clients_are_kept_apart(attempt, read):
+    one = attempt()
+    same = {"extra_headers": {"x-request-id": "same"}, "extra_body": {"request_id": "same"}, "max_tokens": 40}
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(ask_chat, one, "something else", **same) for _ in range(4)]
+        replies = [reply.result()[0] for reply in asked]
+    calls = one.calls()
+    assert len({call["request_id"] for call in calls}) == 4
+    assert sorted(read(call).content for call in calls) == sorted(reply.content for reply in replies)
+
+
+def test_a_call_that_the_store_refuses_is_a_500_and_harms_no_other(attempt, engine, store):
+    """Sealed behind the engine's back: the client must not have a reply that is not kept."""
+    sealed, others = attempt(), [attempt() for _ in range(6)]
+    ray.get(store.seal.remote(Seal(sealed.id, 1, "worker", "succeeded", 0.0, {})))
+    failures = []
+
+    def ask_sealed():
+        for stream in (False, True):
+            try:
+                ask_chat(sealed, "say", stream)
+            except openai.APIError as error:
+                failures.append(error)
+
+    with ThreadPoolExecutor(13) as pool:
+        pool.submit(ask_sealed)
+        for other in others * 2:
+            pool.submit(ask_chat, other, "say")
+    assert [len(other.calls()) for other in others] == [2] * 6
+    assert isinstance(failures[0], openai.InternalServerError) and len(failures) == 2
+    assert closed(sealed)["calls"] == 2

@@ -1,0 +1,100 @@
+"""A tiny random Llama with its own tokenizer and chat template, saved as a Hugging Face folder in a second or two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
+TEMPLATE = """{%- if tools %}<|im_start|>system
+Tools: {% for tool in tools %}{{ tool | tojson }}
+{% endfor %}<|im_end|>
+{% endif %}
+{%- for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% elif message.content %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}
+{%- for call in message.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def make_tiny_model(folder: str | Path, seed: int = 0, tie: bool = True, context: int = 2048) -> Path:
+    """Save a random LlamaForCausalLM (about 0.1M parameters, 261 byte-level tokens, hermes-style tool calls) in `folder`."""
+    folder = Path(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: place for place, token in enumerate(SPECIAL + alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|pad|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=["<|im_start|>"],
+        model_max_length=context,
+    )
+    fast.add_tokens(["<tool_call>", "</tool_call>"])
+    fast.chat_template = TEMPLATE
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=context,
+        tie_word_embeddings=tie,
+        initializer_range=0.15,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config).float()
+    model.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=0)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def teach(folder: str | Path, replies: dict[str, str], tools: list[dict], steps: int = 60) -> Path:
+    """Train the model in `folder` to give each reply when asked its key, with `tools` offered or not: a few seconds."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    samples = []
+    for asked, reply in replies.items():
+        for offered in (None, tools):
+            messages = [{"role": "user", "content": asked}]
+            prompt = tokenizer.apply_chat_template(
+                messages, tools=offered, add_generation_prompt=True, return_dict=False
+            )
+            samples.append((prompt, tokenizer(reply + "<|im_end|>")["input_ids"]))
+    shape = len(samples), max(len(prompt) + len(reply) for prompt, reply in samples)
+    ids, attention = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, -100)
+    for row, (prompt, reply) in enumerate(samples):
+        end = len(prompt) + len(reply)
+        ids[row, :end] = torch.tensor(prompt + reply)
+        labels[row, len(prompt) : end] = torch.tensor(reply)
+        attention[row, :end] = 1
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
+    for _ in range(steps):
+        loss = model(input_ids=ids, attention_mask=attention, labels=labels).loss
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    model.save_pretrained(folder)
+    return Path(folder)

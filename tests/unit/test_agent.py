@@ -1,0 +1,304 @@
+"""What users write: agents and graders by name, their parameters, their returns, what they emit."""
+
+import asyncio
+import contextvars
+import json
+import threading
+import time
+
+import pytest
+
+import raygent
+from raygent.actors.agent_runner import AgentRunner, Recorder
+from raygent.actors.grading import Grader, GraderError, grade_once
+from raygent.agent import (
+    AGENT_OFFERS,
+    GRADER_OFFERS,
+    ModelEndpoint,
+    arguments,
+    is_async,
+    load_callable,
+    plain,
+    read_verdict,
+)
+from raygent.config import Config, ConfigError
+from raygent.emit import sink
+
+ENDPOINT = ModelEndpoint("http://127.0.0.1:1/app/a/rg-key.sig/v1", "rg-key.sig")
+
+
+def config_of(folder, agent="a.py:f", grader=None, **agent_keys):
+    return Config.model_validate(
+        {
+            "path": str(folder / "raygent.toml"),
+            "model": {"path": "m/m"},
+            "agent": {"run": agent} | agent_keys,
+            "grader": {"run": grader, "timeout_s": 1.0} if grader else {},
+            "data": {"train": "tasks.jsonl"},
+        }
+    )
+
+
+def run_agent(config, task="task"):
+    recorder = Recorder("rollout", 1, "worker")
+    return asyncio.run(AgentRunner(config).run(task, ENDPOINT, recorder)), recorder
+
+
+def test_endpoint_of_a_named_agent():
+    named = ENDPOINT.agent("sql writer").agent("plan/ner")
+    assert named.base_url == "http://127.0.0.1:1/app/a/rg-key.sig/agent/plan%2Fner/v1"
+    assert named.anthropic_base_url == "http://127.0.0.1:1/app/a/rg-key.sig/agent/plan%2Fner"
+    assert (named.api_key, named.model) == ("rg-key.sig", "policy")
+
+
+def test_load_callable_of_files_packages_objects_and_classes(tmp_path):
+    (tmp_path / "helper_of_test.py").write_text("WORD = 'helped'\n")
+    (tmp_path / "loaded_of_test.py").write_text(
+        "from helper_of_test import WORD\n"
+        "def function(task): return WORD\n"
+        "class WithRun:\n    async def run(self, task, model): return 1\n"
+        "class WithCall:\n    async def __call__(self, task, model): return 1\n"
+        "made = WithRun()\nnothing = 3\n"
+    )
+    assert load_callable("loaded_of_test.py:function", tmp_path, "agent.run")("x") == "helped"
+    assert load_callable("loaded_of_test:function", tmp_path, "agent.run")("x") == "helped"
+    for name in ("WithRun", "WithCall", "made"):
+        assert is_async(load_callable(f"loaded_of_test.py:{name}", tmp_path, "agent.run"))
+    for wrong in ("loaded_of_test.py:absent", "loaded_of_test.py:nothing", "no_such_package:function"):
+        with pytest.raises(ConfigError, match=r"^agent\.run: .*(absent|int, not a function|no_such_package)"):
+            load_callable(wrong, tmp_path, "agent.run")
+
+
+def test_a_module_that_exits_when_imported_is_an_error_not_an_end(tmp_path):
+    (tmp_path / "exits_of_test.py").write_text("import sys\nsys.exit(4)\n")
+    with pytest.raises(ConfigError, match=r"grader\.run: .*SystemExit: 4"):
+        load_callable("exits_of_test.py:f", tmp_path, "grader.run")
+
+
+def test_parameters_by_name_and_by_place():
+    def call(function, offers=AGENT_OFFERS, values=("T", "M")):
+        positional, named = arguments(function, offers, values, "agent.run")
+        return function(*positional, **named)
+
+    assert call(lambda task, model: (task, model)) == ("T", "M")
+    assert call(lambda model, task: (task, model)) == ("T", "M")
+    assert call(lambda question, llm: (question, llm)) == ("T", "M")
+    assert call(lambda question: question) == "T"
+    assert call(lambda x, y, temperature=0.5: (x, y, temperature)) == ("T", "M", 0.5)
+    assert call(lambda *all_of_it: all_of_it) == ("T", "M")
+    graded = ("I", "P", "O")
+    assert call(lambda output, private: (output, private), GRADER_OFFERS, graded) == ("O", "P")
+    assert call(lambda a, b, c: (a, b, c), GRADER_OFFERS, graded) == graded
+    with pytest.raises(ConfigError, match=r"agent\.run: takes \(a, b, c\); it is called with \(task, model\)"):
+        arguments(lambda a, b, c: None, AGENT_OFFERS, (1, 2), "agent.run")
+
+
+def test_verdicts():
+    assert read_verdict(True, "the agent").value == 1.0
+    assert read_verdict(False, "the agent").value == 0.0
+    assert read_verdict(3, "the agent").value == 3.0
+    scored = read_verdict({"reward": 0.5, "rows": 1, "why": "text"}, "the grader")
+    assert (scored.value, scored.components) == (0.5, {"rows": 1.0})
+    assert read_verdict("0.5", "the agent") is None
+    assert read_verdict({"answer": 1}, "the agent") is None
+    assert read_verdict(None, "the agent") is None
+    for wrong in (float("nan"), float("inf"), {"reward": float("nan")}):
+        with pytest.raises(ValueError, match="finite"):
+            read_verdict(wrong, "the agent")
+    with pytest.raises(TypeError, match="not str"):
+        read_verdict({"reward": "high"}, "the agent")
+    assert plain({"rows": [(1, "a")]}) == {"rows": [[1, "a"]]}
+    with pytest.raises(TypeError):
+        plain({1, 2})
+
+
+def test_emitting_outside_a_run_does_nothing_but_check():
+    raygent.emit_reward(1)
+    with raygent.span("search", query="x") as attributes:
+        attributes["hits"] = 3
+    with pytest.raises(ValueError, match="finite"):
+        raygent.emit_reward(float("nan"))
+    with pytest.raises(TypeError, match="not str"):
+        raygent.emit_reward("1")
+
+
+def test_emitted_records_of_tasks_threads_and_decorators():
+    recorder = Recorder("rollout", 2, "worker")
+
+    @raygent.span("decorated", kind="tool")
+    def tool():
+        raise KeyError("gone")
+
+    async def agent():
+        sink.set(recorder)
+        raygent.emit_reward(0.25, components={"rows": True})
+        await asyncio.to_thread(raygent.emit_reward, 0.75)
+        await asyncio.gather(asyncio.create_task(asyncio.to_thread(raygent.emit_reward, 9.0, agent="planner")))
+        context = contextvars.copy_context()
+        thread = threading.Thread(target=lambda: context.run(raygent.emit_reward, 5.0, name="style"))
+        thread.start()
+        thread.join()
+        with pytest.raises(KeyError):
+            tool()
+
+    asyncio.run(agent())
+    assert [reward.value for reward in recorder.rewards] == [0.25, 0.75, 9.0, 5.0]
+    assert [reward.source_sequence for reward in recorder.rewards] == [0, 1, 2, 3]
+    assert json.loads(recorder.rewards[0].components) == {"rows": 1.0}
+    assert recorder.emitted() == 0.75
+    assert recorder.spans[0].kind == "tool" and "gone" in json.loads(recorder.spans[0].attributes)["error"]
+    recorder.close()
+    recorder.reward(1.0, {})
+    assert len(recorder.rewards) == 4
+
+
+def test_the_reward_of_agents_alone_is_their_mean():
+    recorder = Recorder("rollout", 1, "worker")
+    for agent, value in (("a", 0.0), ("a", 1.0), ("b", 0.0)):
+        recorder("rewards", {"value": value, "name": "reward", "agent": agent, "components": {}, "time": 0.0})
+    assert recorder.emitted() == 0.5
+
+
+AGENTS = """
+import asyncio, sys, threading, time
+import raygent
+
+def sync(task, model):
+    raygent.emit_reward(0.5)
+    return {"task": task, "url": model.base_url, "thread": threading.current_thread().name}
+
+async def coroutine(task, model):
+    raygent.emit_reward(0.25)
+    await asyncio.sleep(0)
+    return [task, model.model]
+
+def awaitable(task): return coroutine(task, raygent.ModelEndpoint("u/v1", "k"))
+def raises(task): raise LookupError("no such table")
+async def raises_in_task(task): raise LookupError("no such table")
+def exits(task): sys.exit(3)
+async def exits_in_task(task): sys.exit(3)
+def hangs(task): time.sleep(4)
+async def hangs_in_task(task): await asyncio.sleep(60)
+async def cancels_itself(task): asyncio.current_task().cancel(); await asyncio.sleep(1)
+async def blocks(task): time.sleep(14)
+"""
+
+
+def test_how_agents_in_the_worker_end(tmp_path):
+    (tmp_path / "agents_of_test.py").write_text(AGENTS)
+
+    def run(name, timeout_s=30.0):
+        return run_agent(config_of(tmp_path, f"agents_of_test.py:{name}", timeout_s=timeout_s))
+
+    ended, recorder = run("sync")
+    assert ended.value == {"task": "task", "url": ENDPOINT.base_url, "thread": "agent"}
+    assert recorder.emitted() == 0.5
+    ended, recorder = run("coroutine")
+    assert (ended.value, recorder.emitted()) == (["task", "policy"], 0.25)
+    ended, recorder = run("awaitable")
+    assert (ended.value, recorder.emitted()) == (["task", "policy"], 0.25)
+    for name in ("raises", "raises_in_task"):
+        ended, recorder = run(name)
+        assert ended.how == "raised" and ended.error.rstrip().endswith("LookupError: no such table")
+        assert recorder.spans[-1].kind == "exception"
+    for name in ("exits", "exits_in_task"):
+        ended, _ = run(name)
+        assert ended.how == "raised" and "sys.exit(3)" in ended.error
+    assert run("cancels_itself")[0].how == "raised"
+    for name in ("hangs", "hangs_in_task"):
+        started = time.monotonic()
+        ended, _ = run(name, timeout_s=0.3)
+        assert ended.how == "timeout" and "agent.timeout_s = 0.3" in ended.error
+        assert time.monotonic() - started < 3
+
+
+def test_abandoned_threads_and_a_blocked_loop_wear_a_worker_out(tmp_path):
+    (tmp_path / "agents_of_test.py").write_text(AGENTS)
+
+    async def many():
+        runner = AgentRunner(config_of(tmp_path, "agents_of_test.py:hangs", timeout_s=0.3))
+        await asyncio.gather(*(runner.run("t", ENDPOINT, Recorder(str(n), 1, "w")) for n in range(3)))
+        assert runner.worn(3) and not runner.worn(4)
+        blocked = AgentRunner(config_of(tmp_path, "agents_of_test.py:blocks", timeout_s=0.3))
+        ended = await blocked.run("t", ENDPOINT, Recorder("r", 1, "w"))
+        assert ended.how == "timeout" and "blocked the event loop" in ended.error and blocked.worn(100)
+        await asyncio.sleep(4)
+        assert not runner.worn(1)
+
+    asyncio.run(many())
+
+
+GRADERS = """
+import asyncio, os, sys, time
+
+def exact(private, output):
+    print("graders print")
+    return output == private
+
+async def judged(input, private, output):
+    await asyncio.sleep(0.01)
+    return {"reward": 0.5, "rows": 1}
+
+def raises(private, output): raise ValueError("bad gold")
+async def raises_in_task(private, output): raise ValueError("bad gold")
+def dies(private, output): os._exit(9)
+def text(private, output): return "good"
+def nan(private, output): return float("nan")
+def hangs(private, output):
+    if private == "hang":
+        os.system("sleep 7331")
+    return 1
+async def hangs_in_task(private, output): await asyncio.sleep(60)
+def process(private, output): return os.getpid()
+"""
+
+
+def test_graders(tmp_path):
+    (tmp_path / "graders_of_test.py").write_text(GRADERS)
+
+    def grade(name, private="gold", output="gold"):
+        return grade_once(config_of(tmp_path, grader=f"graders_of_test.py:{name}"), "question", private, output).verdict
+
+    assert grade("exact").value == 1.0
+    assert grade("exact", output=None).value == 0.0
+    assert grade("judged").components == {"rows": 1.0}
+    for name in ("raises", "raises_in_task"):
+        with pytest.raises(GraderError, match="ValueError: bad gold"):
+            grade(name)
+    with pytest.raises(GraderError, match="ended its process"):
+        grade("dies")
+    with pytest.raises(GraderError, match="gave 'good'"):
+        grade("text")
+    with pytest.raises(GraderError, match="finite"):
+        grade("nan")
+    for name in ("hangs", "hangs_in_task"):
+        with pytest.raises(GraderError, match=r"grader\.timeout_s = 1 s"):
+            grade(name, private="hang")
+
+
+def test_hung_graders_are_killed_and_hold_up_nobody(tmp_path, processes_of):
+    (tmp_path / "graders_of_test.py").write_text(GRADERS)
+
+    async def many():
+        grader = Grader(config_of(tmp_path, grader="graders_of_test.py:hangs"), 16)
+        hung = [asyncio.create_task(grader.grade("q", "hang", "x")) for _ in range(10)]
+        good = [asyncio.create_task(grader.grade("q", "gold", "x")) for _ in range(5)]
+        done = await asyncio.gather(*hung, *good, return_exceptions=True)
+        assert all(isinstance(one, GraderError) for one in done[:10])
+        assert [one.verdict.value for one in done[10:]] == [1.0] * 5
+        grader.close()
+
+    asyncio.run(many())
+    assert processes_of("sleep 7331") == []
+
+
+def test_quick_graders_share_few_processes(tmp_path):
+    (tmp_path / "graders_of_test.py").write_text(GRADERS)
+
+    async def many():
+        grader = Grader(config_of(tmp_path, grader="graders_of_test.py:process"), 16)
+        graded = await asyncio.gather(*(grader.grade("q", "gold", "x") for _ in range(200)))
+        grader.close()
+        return {one.verdict.value for one in graded}
+
+    assert len(asyncio.run(many())) <= 8

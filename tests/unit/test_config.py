@@ -1,0 +1,469 @@
+"""A user's mistakes, through the real command: each is one line that names the key and the mend, before anything starts."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raygent.cli import main
+from raygent.config import SOUND_LOSSES, UNSOUND_LOSSES, Config, ConfigError, load
+from raygent.jobs import dry_run
+from raygent.jobs.dry_run import count_parameters, memory_estimate
+from raygent.task import load_tasks
+
+DOCS = Path(__file__).parents[2] / "docs"
+RAY_PROCESSES = ("raylet", "gcs_server")
+AGENT = """
+def answer(task, model):
+    return task
+
+def grade(input, private, output):
+    return float(private == output)
+
+def greedy(task, model, temperature, seed):
+    return task
+
+number = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_environment(monkeypatch):
+    """The command sets variables, imports the user's files and puts their folder on the path: that ends with the test."""
+    before, modules = dict(os.environ), set(sys.modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    os.environ.pop("RAY_ADDRESS", None)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    for name in {"adder", "broken", "crash"} & (set(sys.modules) - modules):
+        del sys.modules[name]
+
+
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A user's folder, all of it right."""
+    (tmp_path / "adder.py").write_text(AGENT)
+    (tmp_path / "train.jsonl").write_text(
+        '{"id": "1", "input": "1 + 1", "private": "2"}\n{"id": 2, "input": "2 + 2"}\n'
+    )
+    (tmp_path / "test.jsonl").write_text('{"id": "1", "input": "3 + 3", "private": "6"}\n')
+    make_model(tmp_path / "model")
+    (tmp_path / "train.toml").write_text(toml())
+    return tmp_path
+
+
+def make_model(folder: Path) -> None:
+    """A folder that looks like a model: one tensor of 2 x 3."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512, "vocab_size": 100}))
+    (folder / "tokenizer.json").write_text("{}")
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
+
+
+def toml(**sections: str) -> str:
+    """The right TOML, with the text of some sections replaced ("": left out)."""
+    texts = {
+        "model": 'path = "model"',
+        "agent": 'run = "adder.py:answer"',
+        "grader": 'run = "adder.py:grade"',
+        "data": 'train = "train.jsonl"\neval = "test.jsonl"',
+    } | sections
+    return "".join(f"[{name.replace('__', '.')}]\n{text}\n" for name, text in texts.items() if text)
+
+
+def refused(capsys, *arguments: str | Path) -> str:
+    """What the command, run in this process, says to `arguments`: one line, exit code 2, quickly, with no Ray started."""
+    started, children = time.monotonic(), ray_processes()
+    code = main([str(argument) for argument in arguments])
+    said = capsys.readouterr().err
+    assert code == 2, said
+    assert said.startswith("raygent: ") and said.count("\n") == 1 and "Traceback" not in said, said
+    assert ray_processes() == children
+    assert time.monotonic() - started < 30
+    return said
+
+
+def ray_processes() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True) if child.name() in RAY_PROCESSES}
+
+
+# the TOML
+
+WRONG_SECTIONS = {
+    "key_misspelt": ({"run": "stepz = 3"}, r"run\.stepz: unknown key; did you mean steps\?"),
+    "key_of_another_section": ({"learner": "steps = 3"}, r"learner\.steps: unknown key; it belongs in \[run\]"),
+    "key_of_none": ({"wandb": "zebra = 3"}, r"wandb\.zebra: unknown key; known here: project, mode"),
+    "section_misspelt": ({"model": "", "modle": 'path = "model"'}, r"modle: unknown key; did you mean model\?"),
+    "path_on_top": ({"model": "", "path": "x = 1"}, r"path: unknown key; it belongs in \[model\]"),
+    "no_model": ({"model": ""}, r"model: missing; add a section \[model\]"),
+    "no_model_path": ({"model": "context = 128"}, r'model\.path: missing; write path = "'),
+    "no_agent": ({"agent": ""}, r"agent: missing; add a section \[agent\]"),
+    "agent_without_a_way": ({"agent": "max_calls = 3"}, r"agent\.run: missing; give either"),
+    "agent_two_ways": ({"agent": 'run = "adder.py:answer"\ncommand = ["cat"]'}, r"agent\.run: given beside"),
+    "no_data": ({"data": ""}, r"data: missing; add a section \[data\]"),
+    "no_data_train": ({"data": 'eval = "test.jsonl"'}, r'data\.train: missing; write train = "train.jsonl"'),
+    "type": ({"run": 'steps = "ten"'}, r"run\.steps: should be a valid integer, not 'ten'"),
+    "boolean_for_a_number": ({"run": "steps = true"}, r"run\.steps: should be a valid integer, not True"),
+    "text_for_a_list": ({"agent": 'run = "adder.py:answer"\ntrain = "a*"'}, r"agent\.train: should be a valid list"),
+    "empty_list": ({"agent": 'run = "adder.py:answer"\ntrain = []'}, r"agent\.train: should have at least one entry"),
+    "empty_command": ({"agent": "command = []"}, r"agent\.command: should have at least one entry"),
+    "empty_text": ({"model": 'path = ""'}, r"model\.path: should not be empty"),
+    "nan": ({"learner": "learning_rate = nan"}, r"learner\.learning_rate: should be a finite number, not nan"),
+    "infinite": ({"engine": "temperature = inf"}, r"engine\.temperature: should be a finite number"),
+    "negative": ({"run": "steps = -1"}, r"run\.steps: should be greater than or equal to 0, not -1"),
+    "zero": ({"agent": 'run = "adder.py:answer"\ntimeout_s = 0'}, r"agent\.timeout_s: should be greater than 0"),
+    "choice": ({"agent": 'run = "adder.py:answer"\nin = "thread"'}, r"agent\.in: should be 'process' or 'subprocess'"),
+    "slash_in_the_name": ({"run": 'name = "my/run"'}, r"run\.name: a name of .* letters, .*not 'my/run'"),
+    "group_of_one": ({"algorithm": "group_size = 1"}, r"algorithm\.group_size: GRPO compares .* use 2 or more"),
+    "min_group": ({"algorithm": "group_size = 4\nmin_group = 5"}, r"algorithm\.min_group: 5 is more than .*lower it"),
+    "mini_batches": ({"algorithm": "mini_batches = 3"}, r"algorithm\.mini_batches: .* choose a divisor of 128"),
+    "ranks": ({"learner": "ranks = 3"}, r"learner\.ranks: 128 rollouts .* choose a divisor of 128"),
+    "zero_stage": ({"learner": "zero_stage = 7"}, r"learner\.zero_stage: should be 0, 1, 2 or 3, not 7"),
+    "betas": ({"learner": "betas = [0.9, 1.5]"}, r"learner\.betas\.1: should be less than 1"),
+    "lora": ({"learner": "lora = 8"}, r"learner\.lora: not there yet; leave it out"),
+    "loss_unknown": ({"algorithm": 'loss = "vanila"'}, r"algorithm\.loss: no loss 'vanila' in verl .*use one of vanilla"),
+    "loss_unsound": ({"algorithm": 'loss = "sapo"'}, r"algorithm\.loss: sapo can't weight tokens: it averages"),
+    "no_room": ({"model": 'path = "model"\ncontext = 64\nmax_tokens = 64'}, r"model\.max_tokens: 64 leaves no room"),
+    "workers": ({"workers": "min = 3\nmax = 2"}, r"workers\.max: 2 is below workers\.min = 3; raise"),
+    "gpus_of_engines_alone": ({"engine": "gpus = 1"}, r"learner\.gpus: engines on GPUs .*set learner\.gpus = 1"),
+    "upstream_without_a_name": ({"upstream": 'base_url = "http://x"'}, r"upstream\.base_url: .*\[upstream\.judge\]"),
+    "upstream_misspelt": (
+        {"upstream__judge": 'base_url = "http://x"\nmodle = "m"'},
+        r"upstream\.judge\.modle: unknown key; did you mean model\?",
+    ),
+    "upstream_url": ({"upstream__judge": 'base_url = "x"\nmodel = "m"'}, r"upstream\.judge\.base_url: .*http://"),
+    "upstream": ({"upstream__judge": 'base_url = "http://x"\nmodel = "m"'}, r"upstream: .*not routed .* yet; leave"),
+    # files that the TOML names
+    "no_data_file": ({"data": 'train = "tran.jsonl"'}, r"data\.train: no file .*; did you mean train\.jsonl\?"),
+    "data_folder": ({"data": 'train = "."'}, r"data\.train: .* is a folder; give a JSONL or Parquet file"),
+    "same_data": ({"data": 'train = "train.jsonl"\neval = "./train.jsonl"'}, r"data\.eval: the same file as data\.train"),
+    "model_misspelt": ({"model": 'path = "./modl"'}, r"model\.path: no folder .*modl; did you mean .*model\?"),
+    "model_far_off": ({"model": 'path = "/no/such/model"'}, r"model\.path: no folder .*; give a Hugging Face id"),
+    "model_file": ({"model": 'path = "model/model.safetensors"'}, r"model\.path: .* is a file; give the folder"),
+    "no_template": ({"model": 'path = "model"\nchat_template = "x.jinja"'}, r"model\.chat_template: no file .*Jinja"),
+    "context": ({"model": 'path = "model"\ncontext = 4096'}, r"model\.context: 4096 is more than the model's 512"),
+    "tool_parser": ({"model": 'path = "model"\ntool_parser = "hermez"'}, r"model\.tool_parser: vLLM has no 'hermez'; did"),
+    "reasoning_parser": ({"model": 'path = "model"\nreasoning_parser = "qwen33"'}, r"model\.reasoning_parser: .*qwen3\?"),
+    # code that the TOML names
+    "agent_names_no_function": ({"agent": 'run = "adder.py"'}, r"agent\.run: .*write .file\.py:function"),
+    "no_agent_file": ({"agent": 'run = "ader.py:answer"'}, r"agent\.run: no file .*did you mean adder\.py\?"),
+    "no_agent_module": ({"agent": 'run = "no_such:answer"'}, r"agent\.run: .* cannot be imported: ModuleNotFoundError"),
+    "no_agent_function": ({"agent": 'run = "adder.py:anser"'}, r"agent\.run: .* cannot be imported: AttributeError"),
+    "agent_no_function": ({"agent": 'run = "adder.py:number"'}, r"agent\.run: .* is int, not a function; name a callable"),
+    "agent_asks_too_much": ({"agent": 'run = "adder.py:greedy"'}, r"agent\.run: takes .* called with \(task, model\)"),
+    "agent_raises": ({"agent": 'run = "broken.py:answer"'}, r"agent\.run: .* cannot be imported: RuntimeError: two lines"),
+    "agent_exits": ({"agent": 'run = "crash.py:answer"'}, r"agent\.run: .* cannot be imported: SystemExit"),
+    "no_grader_file": ({"grader": 'run = "reward.py:rows"'}, r"grader\.run: no file .*relative to the TOML"),
+    "grader_raises": ({"grader": 'run = "broken.py:grade"'}, r"grader\.run: .* cannot be imported: RuntimeError"),
+    "no_program": ({"agent": 'command = ["no-such-program"]'}, r"agent\.command: no program .* on PATH; install it"),
+    "no_program_here": ({"agent": 'command = ["./agent.sh"]'}, r"agent\.command: no program .*/agent\.sh that can be run"),
+    "no_script": ({"agent": 'command = ["python3", "agent.py"]'}, r"agent\.command: no file .*agent\.py; paths are"),
+    # the engine
+    "vllm_argument": ({"engine": "gpu_memory_utilisation = 0.5"}, r"engine\.gpu_.*did you mean gpu_memory_utilization\?"),
+    "engine_key": ({"engine": "replica = 2"}, r"engine\.replica: unknown key; did you mean replicas\?"),
+    "engine_stranger": ({"engine": "max_tokens = 2"}, r"engine\.max_tokens: unknown key; it belongs in \[model\]"),
+    "vllm_type": ({"engine": 'max_num_seqs = "many"'}, r"engine\.max_num_seqs: vLLM wants int, not 'many'"),
+    "vllm_flag_type": ({"engine": "max_num_seqs = true"}, r"engine\.max_num_seqs: vLLM wants int, not True"),
+    "ours": ({"engine": "max_model_len = 128"}, r"engine\.max_model_len: raygent sets it; use model\.context"),
+    "ours_alone": ({"engine": 'logprobs_mode = "raw_logprobs"'}, r"engine\.logprobs_mode: .*; leave it out"),
+    "tensor_parallel": ({"engine": "tensor_parallel_size = 2"}, r"engine\.tensor_parallel_size: .*needs engine\.gpus = 2"),
+    "host": ({"engine": 'host = "192.0.2.1"'}, r"engine\.host: cannot serve on 192\.0\.2\.1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG_SECTIONS)
+def test_a_wrong_section_is_one_line(project, capsys, case):
+    (project / "broken.py").write_text("raise RuntimeError('two lines\\nof it')")
+    (project / "crash.py").write_text("raise SystemExit(0)")
+    sections, expected = WRONG_SECTIONS[case]
+    (project / "train.toml").write_text(toml(**sections))
+    assert re.search(expected, refused(capsys, "train", project / "train.toml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('model = "model"\nagent = 3\ndata = 1', r"model: a section, not the value 'model'; add a section"),
+        ('run = "x"\n' + toml(), r"run: a section, not the value 'x'; write \[run\] and its keys below it"),
+        ("[[run]]\nsteps = 1\n" + toml(), r"run: a section, not the value \[\{'steps': 1\}\]"),
+        ("steps = 3\n" + toml(), r"steps: unknown key; it belongs in \[run\]"),
+        ("[model\n", r"not valid TOML: .*line 1"),
+        ("", r"model: missing"),
+        (b"name = '\xff'", r"not valid TOML: .*decode byte"),
+    ],
+)
+def test_a_wrong_file_is_one_line(project, capsys, text, expected):
+    content = text if isinstance(text, bytes) else text.encode()
+    (project / "train.toml").write_bytes(content)
+    assert re.search(expected, refused(capsys, "train", project / "train.toml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("steps=3", r"steps=3: an override is written section\.key=value"),
+        ("run.steps", r"run\.steps: an override is written"),
+        ("run.steps=", r"run\.steps: should be a valid integer, not ''"),
+        ("run..steps=3", r"an override is written"),
+        ("run.stepz=3", r"run\.stepz: unknown key; did you mean steps\?"),
+        ("model.path.x=3", r"model\.path\.x: path is a value, not a section"),
+        ("--steps=3", r"unknown argument --steps=3"),
+    ],
+)
+def test_a_wrong_override_is_one_line(project, capsys, override, expected):
+    assert re.search(expected, refused(capsys, "train", project / "train.toml", override))
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("", r"holds no task"),
+        ("{'id': 1}\n", r"line 1 is not JSON: .*give one task a line"),
+        ('{"id": 1, "input": 1}\n\n{"id": 2}\n', r'line 3 needs "id" and "input".*, not \'id\''),
+        ('[{"id": 1, "input": 1}]', r'line 1 needs "id" and "input" .*, not list'),
+        ('{"id": 1, "input": 1, "gold": 2}', r"line 1 has 'gold'; put it under input or private"),
+        ('{"id": 1, "input": 1}\n{"id": "1", "input": 2}', r"line 2 repeats the id '1' of line 1; ids are unique"),
+        ('{"id": null, "input": 1}', r"line 1: the id is a text or a whole number, not None"),
+        (b"\xff\xfe", r"is not UTF-8 at byte 0"),
+    ],
+)
+def test_wrong_tasks_are_one_line(project, capsys, content, expected):
+    (project / "train.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert re.search(r"data\.train: .*" + expected, refused(capsys, "train", project / "train.toml"))
+    (project / "test.jsonl").write_bytes((project / "train.jsonl").read_bytes())
+    (project / "train.jsonl").write_text('{"id": 1, "input": 1}')
+    assert re.search(r"data\.eval: .*" + expected, refused(capsys, "evaluate", project / "train.toml"))
+
+
+def test_a_broken_parquet_of_tasks_is_one_line(project, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({"id": ["a", "b"], "input": [1, 2], "private": [None, {"x": 1}]}), project / "ok.parquet")
+    assert [task.private for task in load_tasks(project / "ok.parquet")] == [None, {"x": 1}]
+    (project / "bad.parquet").write_bytes((project / "ok.parquet").read_bytes()[:-5])
+    said = refused(capsys, "train", project / "train.toml", "data.train=bad.parquet")
+    assert "data.train" in said and "not a whole Parquet file" in said
+    pq.write_table(pa.table({"id": ["a"], "input": [b"\x00"]}), project / "bytes.parquet")
+    said = refused(capsys, "train", project / "train.toml", "data.train=bytes.parquet")
+    assert "values that JSON has not" in said
+
+
+def test_a_task_may_hold_any_text(tmp_path):
+    text = "a\u2028b\x85c"
+    (tmp_path / "t.jsonl").write_text(
+        "\ufeff" + json.dumps({"id": 1, "input": text}, ensure_ascii=False) + "\r\n", encoding="utf-8"
+    )
+    assert load_tasks(tmp_path / "t.jsonl")[0].input == text
+
+
+def test_wrong_paths_on_the_command_line(project, capsys):
+    assert "no such config; did you mean train.toml?" in refused(capsys, "train", project / "trian.toml")
+    assert "a folder, not a config" in refused(capsys, "train", project)
+    assert "invalid choice: 'trian'" in refused(capsys, "trian", project / "train.toml")
+    assert "arguments are required" in refused(capsys, "train")
+    assert "no run's folder; give runs/NAME" in refused(capsys, "store", "verify", project / "runs" / "x")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "expected"),
+    [
+        ("config.json", "has no config.json"),
+        ("model.safetensors", "has no weights"),
+        ("tokenizer.json", "no tokenizer"),
+    ],
+)
+def test_a_model_folder_that_lacks_something(project, capsys, lacking, expected):
+    (project / "model" / lacking).unlink()
+    said = refused(capsys, "train", project / "train.toml")
+    assert "model.path" in said and expected in said
+
+
+def test_a_run_that_stands_already(project, capsys):
+    run = project / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "config.toml").write_text('[model]\npath = "/another/model"\n')
+    toml = project / "train.toml"
+    assert "run.resume: false, and" in refused(capsys, "train", toml, "run.name=mine", "run.resume=false")
+    said = refused(capsys, "train", toml, "run.name=mine")
+    assert "model.path" in said and "was begun with /another/model" in said
+    assert "run.directory" in refused(capsys, "train", toml, "run.directory=adder.py")
+
+
+def test_a_run_that_goes_on(project, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "ENDING_S", 0.2)
+    (project / "runs/run/store").mkdir(parents=True)
+    with (project / "runs/run/store/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "run.name: " in (said := refused(capsys, "train", project / "train.toml")) and "goes on" in said
+
+
+def test_evaluate_wants_held_out_tasks_and_try_a_task_that_is_there(project, capsys):
+    (project / "train.toml").write_text(toml(data='train = "train.jsonl"'))
+    assert "data.eval: missing; write eval" in refused(capsys, "evaluate", project / "train.toml")
+    said = refused(capsys, "try", project / "train.toml", "--task", "7")
+    assert "--task: no task '7'" in said and "the first are 1, 2" in said
+
+
+def test_more_gpus_than_there_are(project, capsys):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    said = refused(capsys, "train", project / "train.toml", "learner.gpus=1")
+    assert re.search(r"learner\.gpus: the run asks for 2 GPUs \(learner 2, engine 0\) and there are 0; lower", said)
+
+
+def test_a_port_that_is_taken(project, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        said = refused(capsys, "train", project / "train.toml", f"engine.port={other.getsockname()[1]}")
+    assert "engine.port: cannot serve on 127.0.0.1:" in said and "0 takes a free one" in said
+
+
+def test_a_cluster_that_does_not_answer(project, capsys):
+    os.environ["RAY_ADDRESS"] = "http://127.0.0.1:9"
+    assert "RAY_ADDRESS: no Ray answers at http://127.0.0.1:9" in refused(capsys, "train", project / "train.toml")
+    os.environ["RAY_ADDRESS"] = "127.0.0.1:6379"
+    assert "RAY_ADDRESS: 127.0.0.1:6379 is no dashboard" in refused(capsys, "train", project / "train.toml")
+
+
+# as a process of its own
+
+
+def command(*arguments: str | Path, module: str = "raygent.cli", **environment: str) -> tuple[int, str, str, float]:
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr, time.monotonic() - started
+
+
+def test_the_command_as_a_process(project):
+    before = set(psutil.pids())
+    for arguments, expected in (
+        (["train", project / "trian.toml"], "no such config"),
+        (["train", project / "train.toml", "run.stepz=3"], "raygent: run.stepz: unknown key; did you mean steps?"),
+        (["train", project / "train.toml", "agent.run=adder.py:anser"], "raygent: agent.run: adder.py:anser cannot be"),
+        (["train", project / "train.toml", "engine.enforce_eagr=true"], "did you mean enforce_eager?"),
+    ):
+        code, out, error, seconds = command(*arguments)
+        assert (code, out, error.count("\n")) == (2, "", 1) and expected in error, error
+        assert seconds < 20
+    code, _, error, _ = command("train", project / "train.toml", "model.path=modell", HF_HUB_OFFLINE="1")
+    assert code == 2 and error.count("\n") == 1, error
+    assert "model.path: no folder" in error and "did you mean the folder model?" in error
+    new = [process for process in psutil.process_iter(["name"]) if process.pid not in before]
+    assert not [process for process in new if process.info["name"] in RAY_PROCESSES and process.ppid() == os.getpid()]
+
+
+def test_the_driver_as_a_process(project):
+    code, _, error, _ = command(project / "train.toml", "run.stepz=3", module="raygent.jobs.train")
+    assert code == 2 and error.count("\n") == 1 and "run.stepz: unknown key; did you mean steps?" in error
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+def test_a_dry_run_tells_and_starts_nothing(project, capsys, order):
+    toml, override = project / "train.toml", "learner.micro_batch_tokens=1024"
+    arguments = ["train", "--dry-run", toml, override] if order == "first" else ["train", toml, "--dry-run", override]
+    children = ray_processes()
+    assert main(list(map(str, arguments))) == 0
+    told = capsys.readouterr().out
+    assert ray_processes() == children and not (project / "runs").exists()
+    for expected in (
+        r"config +.*/train\.toml: run 'run', 100 steps of 16 tasks x 8 rollouts, into .*/runs/run",
+        r"micro_batch_tokens = 1024",
+        r"data +2 tasks to train on, 1 held out",
+        r"task +1: \"1 \+ 1\"",
+        r"agent +adder\.py:answer: ready",
+        r"grader +adder\.py:grade: 0 for no output, in \d",
+        r"model +.*/model: 6 parameters, vocabulary 100, context 512",
+        r"memory +about .* a learner rank .* an engine",
+        r"cluster +up to 5 CPUs and 0 GPUs asked for; this machine has \d+ and 0, and .* of memory free",
+    ):
+        assert re.search(expected, told), (expected, told)
+
+
+def test_a_dry_run_refuses_as_a_run_does(project, capsys):
+    assert "data.train" in refused(capsys, "train", "--dry-run", project / "train.toml", "data.train=x.jsonl")
+
+
+# what is right
+
+
+def test_the_memory_of_each_zero_stage(project):
+    """16 bytes a parameter in bfloat16: 2 weights, 2 gradients, 12 master copy and moments; a stage shards one more."""
+    sizes = {}
+    for stage in range(4):
+        overrides = [f"learner.zero_stage={stage}", "learner.dtype=bfloat16", "learner.ranks=4"]
+        config = load(project / "train.toml", overrides)
+        assert count_parameters(config) == 6
+        sizes[stage] = memory_estimate(config)["learner_states"] / 6
+    assert sizes == {0: 16, 1: 7, 2: 5.5, 3: 4}
+
+
+def test_a_resolved_config_loads_as_itself(project):
+    config = load(project / "train.toml", ["engine.max_num_seqs=3", "learner.betas=[0.8, 0.9]", "run.name=a.b-c"])
+    (project / "again.toml").write_text(config.to_toml())
+    again = load(project / "again.toml")
+    again.path = config.path
+    assert again == config
+
+
+def test_paths_are_relative_to_the_toml(project, monkeypatch):
+    monkeypatch.chdir("/")
+    config = load(project / "train.toml")
+    assert config.data.train == str(project / "train.jsonl") and config.model.path == str(project / "model")
+    assert config.run_directory == project / "runs" / "run"
+    assert load(project / "train.toml", ["model.path=org/name-1.5B"]).model.path == "org/name-1.5B"
+
+
+def test_the_losses_are_verls():
+    source = (Path(sys.prefix) / "lib/python3.11/site-packages/verl/trainer/ppo/core_algos.py").read_text()
+    registered = set(re.findall(r'@register_policy_loss\("(\w+)"\)', source))
+    assert registered == {*SOUND_LOSSES, *UNSOUND_LOSSES}
+
+
+def test_every_key_is_documented():
+    """docs/config.md has a row `section.key` | type | default for every field, and no others."""
+    rows = re.findall(r"^\| `([\w.]+)` \| .*? \| (.*?) \|", (DOCS / "config.md").read_text(), re.MULTILINE)
+    documented = dict(rows)
+    expected = {}
+    for section, info in Config.model_fields.items():
+        inner = info.annotation if section != "upstream" else Config.model_fields["upstream"].annotation.__args__[1]
+        prefix = "upstream.NAME" if section == "upstream" else section
+        for name, field in inner.model_fields.items() if hasattr(inner, "model_fields") else ():
+            default = "required" if field.is_required() else field.default
+            expected[f"{prefix}.{field.alias or name}"] = default
+    assert set(documented) == set(expected)
+    for key, default in expected.items():
+        shown = documented[key].strip("`")
+        if default == "required":
+            assert shown == "required", key
+        elif default is None:
+            assert shown == "none", key
+        else:
+            value = list(default) if isinstance(default, tuple) else default
+            assert json.loads(shown) == value, key
+
+
+def test_load_raises_one_line():
+    with pytest.raises(ConfigError) as error:
+        load("/no/such/file.toml")
+    assert "\n" not in str(error.value)
+    assert str(ConfigError("two\nlines")) == "two lines"

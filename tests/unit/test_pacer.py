@@ -1,0 +1,62 @@
+import pyarrow as pa
+import pytest
+
+from raygent.actors.pacer import Versions, drop_stale, eval_rollouts, steps_to_admit, train_rollouts
+from raygent.config import load
+from raygent.records import SCHEMAS, Task
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "agent.py").write_text("def answer(task, model): return 1.0")
+    (tmp_path / "tasks.jsonl").write_text('{"id": "1", "input": "x"}\n')
+    (tmp_path / "c.toml").write_text(
+        '[model]\npath = "a/b"\n[agent]\nrun = "agent.py:answer"\n[data]\ntrain = "tasks.jsonl"\n'
+        "[algorithm]\ntasks_per_step = 3\ngroup_size = 2\nstaleness = 1\n[run]\nsteps = 4\n"
+    )
+    return load(tmp_path / "c.toml")
+
+
+def test_data_order_covers_each_epoch_and_depends_on_seed_and_step_alone(config):
+    tasks = [Task(str(number), number) for number in range(7)]
+    steps = [train_rollouts(config, tasks, step, 0) for step in range(7)]
+    assert steps[3] == train_rollouts(config, tasks, 3, 0)
+    order = [rollout.task_id for step in steps for rollout in step if rollout.index == 0]
+    for epoch in range(3):
+        assert sorted(order[7 * epoch : 7 * epoch + 7]) == [task.id for task in tasks]
+    assert order[:7] != order[7:14]
+    ids = [rollout.rollout_id for step in steps for rollout in step]
+    assert len(set(ids)) == len(ids) == 7 * 3 * 2
+
+
+def test_eval_runs_each_task(config):
+    rollouts = eval_rollouts(config, [Task("a", 1), Task("b", 2)], 5, 9)
+    assert [(rollout.task_id, rollout.resource_version) for rollout in rollouts] == [("a", 9), ("b", 9)]
+
+
+def test_admission_is_bounded_by_staleness_and_the_last_step(config):
+    assert list(steps_to_admit(config, 0)) == [0, 1]
+    assert list(steps_to_admit(config, 3)) == [3]
+
+
+def test_a_version_is_never_given_twice(tmp_path):
+    versions = Versions(tmp_path)
+    assert [versions.issue(1), versions.issue(2), versions.issue(3)] == [1, 2, 3]
+    resumed = Versions(tmp_path)  # back at a checkpoint of step 1
+    assert resumed.issue(2) == 4
+    assert (resumed.at(0), resumed.at(1), resumed.at(2)) == (0, 1, 4)
+
+
+def test_stale_rollouts_are_left_out_of_every_table():
+    def table(name, **columns):
+        rows = len(columns["rollout_id"])
+        return pa.table({field.name: columns.get(field.name, pa.nulls(rows, field.type)) for field in SCHEMAS[name]})
+
+    calls = table(
+        "calls", rollout_id=["r1", "r1", "r2"], policy_versions=pa.array([[3, 4], [4], [2, 4]], pa.list_(pa.int32()))
+    )
+    tables = {"rollouts": table("rollouts", rollout_id=["r1", "r2"]), "calls": calls}
+    fresh, stale = drop_stale(tables, 3)
+    assert stale == ["r2"]
+    assert fresh["rollouts"]["rollout_id"].to_pylist() == ["r1"] and len(fresh["calls"]) == 2
+    assert drop_stale(tables, 2) == (tables, [])

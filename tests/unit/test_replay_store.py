@@ -1,0 +1,503 @@
+"""What the store says and keeps, call by call, against real files; test_store_recovery.py kills it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from stores import call, calls, crash, open_store, rollout, rows_on_disk, run_attempt, taken
+
+from raygent.actors import replay_store
+from raygent.actors.replay_store import AttemptSealed, ReplayStore
+from raygent.records import CALLS, REWARDS, SPANS, Reward, Seal, Span
+
+
+def keys(leases) -> list[tuple[str, int]]:
+    return [(lease.rollout.rollout_id, lease.attempt) for lease in leases]
+
+
+async def now_and_reopened(store: ReplayStore, folder: Path):
+    """The store as it is, after a roll, after a crash, and after it was closed: what is asserted must hold in each."""
+    yield store
+    await store.roll()
+    yield store
+    crash(store)
+    store = open_store(folder)
+    yield store
+    await store.close()
+    yield open_store(folder)
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file can grow beyond `size` bytes: writes fail, some of them half done."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def test_every_record_has_its_schema():
+    assert set(asdict(call("r", 1, 0))) == set(CALLS.names)
+    assert set(asdict(Span("r", 1, "w", 0, "log", "x", "{}", 0.0, 0.0))) == set(SPANS.names)
+    assert set(asdict(Reward("r", 1, "w", 0, 0.0))) == set(REWARDS.names)
+
+
+# the queue
+
+
+async def test_a_rollout_runs_is_sealed_and_taken(tmp_path):
+    store = open_store(tmp_path)
+    assert await store.add_rollouts([rollout(n) for n in range(4)]) == 4
+    assert await store.add_rollouts([rollout(n) for n in range(5)]) == 1
+    leases = await store.lease("w", 3)
+    assert keys(leases) == [("r0", 1), ("r2", 1), ("r4", 1)]  # by step, then index
+    assert leases[0].rollout == rollout(0)
+    assert await run_attempt(store, leases[0]) == "won"
+    assert await run_attempt(store, leases[1], outcome="timeout", reward=-1.0) == "won"
+    assert await run_attempt(store, leases[2], outcome="engine_lost", reward=None) == "failed"
+    assert await store.wait(0, "train", 0.05) == 3
+    tables = await taken(store)
+    assert [(row["rollout_id"], row["status"], row["outcome"], row["reward"]) for row in tables["rollouts"]] == [
+        ("r0", "succeeded", "succeeded", 1.0),
+        ("r2", "failed", "timeout", -1.0),
+    ]
+    assert [(row["rollout_id"], row["sequence"], row["response_token_ids"]) for row in tables["calls"]] == [
+        ("r0", 0, [3, 0]), ("r0", 1, [3, 1]), ("r2", 0, [3, 0]), ("r2", 1, [3, 1]),
+    ]  # fmt: skip
+    assert keys(await store.lease("w", 9)) == [("r4", 2), ("r1", 1), ("r3", 1)]
+
+
+async def test_the_queue_gives_eval_first_then_older_steps(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0, 1), rollout(1, 1), rollout(2, 0), rollout(3, 5, "eval")])
+    crash(store)
+    store = open_store(tmp_path)
+    assert keys(await store.lease("w", 3)) == [("r3", 1), ("r2", 1), ("r0", 1)]
+
+
+async def test_wait_returns_when_the_last_rollout_ends(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0), rollout(1), rollout(2, 1)])
+    waiting = asyncio.create_task(store.wait(0, "train", 60))
+    for lease in await store.lease("w", 2):
+        assert not waiting.done()
+        await run_attempt(store, lease)
+    assert await asyncio.wait_for(waiting, 5) == 0
+    assert await store.wait(1, "train", 0.01) == 1
+    assert await store.finished(0, "train") == {"groups": {"g0": {"succeeded": 2}}, "open": 0}
+
+
+async def test_a_lost_lease_is_tried_again_and_a_late_attempt_is_kept_and_never_handed_out(tmp_path):
+    store = open_store(tmp_path, lease_s=0.05)
+    await store.add_rollouts([rollout(0)])
+    await store.lease("slow", 1)
+    await asyncio.sleep(0.1)
+    (second,) = await store.lease("quick", 1)
+    assert second.attempt == 2
+    assert await store.heartbeat("slow", [("r0", 1)]) == [("r0", 1)]
+    await store.append("calls", calls("r0", 1, 0))  # it has not heard of it yet
+    assert await run_attempt(store, second) == "won"
+    await store.append("calls", calls("r0", 1, 0, 1))
+    assert await store.seal(Seal("r0", 1, "slow", "succeeded", 0.5, {"engine": 2})) == "late"
+    async for now in now_and_reopened(store, tmp_path):
+        tables = await taken(now)
+        assert {row["attempt"] for row in tables["calls"]} == {2} and tables["rollouts"][0]["reward"] == 1.0
+        assert await now.seal(Seal("r0", 1, "slow", "succeeded", 0.5, {"engine": 2})) == "late"
+    columns = ("attempt", "outcome", "won", "late", "calls")
+    assert [[row[name] for name in columns] for row in rows_on_disk(tmp_path, "attempts")] == [
+        [1, "succeeded", False, True, 2],
+        [2, "succeeded", True, False, 2],
+    ]
+    assert [row["attempt"] for row in rows_on_disk(tmp_path, "calls")] == [1, 1, 2, 2]
+
+
+async def test_heartbeats_keep_a_lease_and_the_first_seal_wins_whoever_holds_it(tmp_path):
+    store = open_store(tmp_path, lease_s=0.4)
+    await store.add_rollouts([rollout(0), rollout(1)])
+    first, other = await store.lease("slow", 2)
+    for _ in range(6):
+        await asyncio.sleep(0.1)
+        assert await store.heartbeat("slow", [("r1", 1)]) == []
+    assert keys(await store.lease("quick", 2)) == [("r0", 2)]
+    assert await store.heartbeat("slow", [("r0", 2)]) == [("r0", 2)]  # the lease of another
+    assert await run_attempt(store, first) == "won"
+    assert await store.heartbeat("quick", [("r0", 2)]) == [("r0", 2)]
+    assert await store.seal(Seal("r0", 2, "quick", "succeeded", 0.0)) == "late"
+    assert await run_attempt(store, other) == "won"
+    assert (await store.status())["attempts_late"] == 1
+
+
+async def test_a_rollout_is_lost_after_its_attempts(tmp_path):
+    store = open_store(tmp_path, max_attempts=2)
+    await store.add_rollouts([rollout(0)])
+    for answer in ("queued", "lost"):
+        (lease,) = await store.lease("w", 1)
+        assert await run_attempt(store, lease, outcome="worker_error", reward=None) == "failed"
+        assert (await store.status())[answer] == 1
+    assert await store.lease("w", 1) == []
+    tables = await taken(store)
+    assert tables["rollouts"][0]["status"] == "lost" and not tables["calls"] and not tables["attempts"]
+    assert await store.seal(Seal("r0", 1, "w", "succeeded", 1.0)) == "failed"  # what was sealed stays
+
+
+async def test_cancel_drops_what_is_open_or_not_trained_and_its_workers_hear_of_it(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(n) for n in range(4)])
+    leases = {lease.rollout.rollout_id: lease for lease in await store.lease("w", 3)}
+    await run_attempt(store, leases["r0"])
+    await run_attempt(store, leases["r2"])
+    await store.mark_trained(0, ["r0"])
+    await store.append("calls", calls("r1", 1, 0))
+    await store.cancel(["r0", "r1", "r2", "r3", "r3"])
+    assert await store.heartbeat("w", [("r1", 1)]) == [("r1", 1)]
+    await store.append("calls", calls("r1", 1, 1))
+    assert await store.seal(Seal("r1", 1, "w", "succeeded", 1.0, {"engine": 2})) == "late"
+    async for now in now_and_reopened(store, tmp_path):
+        tables = await taken(now)
+        assert {row["rollout_id"]: row["status"] for row in tables["rollouts"]} == {
+            "r0": "succeeded", "r1": "dropped", "r2": "dropped", "r3": "dropped",
+        }  # fmt: skip
+        assert {row["rollout_id"] for row in tables["calls"]} == {"r0"}
+        assert await now.lease("w", 9) == [] and await now.wait(0, "train", 1) == 0
+    with pytest.raises(ValueError, match="ever added"):
+        await store.cancel(["r9"])
+
+
+async def test_rewind_frees_the_ids_of_later_steps_and_keeps_what_they_made(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(n, step=n) for n in range(5)])
+    leases = await store.lease("w", 4)
+    for lease in leases[:3]:
+        await run_attempt(store, lease)
+    await store.append("calls", calls("r3", 1, 0))
+    await store.mark_trained(0, ["r0"])
+    await store.mark_trained(1, ["r1"])
+    await store.rewind(1)
+    await store.rewind(1)
+    assert await store.heartbeat("w", [("r3", 1)]) == [("r3", 1)]
+    async for now in now_and_reopened(store, tmp_path):
+        rows = [(await taken(now, step))["rollouts"] for step in range(5)]
+        assert [row["trained_step"] for (row,) in rows] == [0, -1, -1, -1, -1]
+        assert [row["outcome"] for (row,) in rows] == ["succeeded"] * 2 + ["rewound"] * 3
+        assert not (await taken(now, 2))["calls"]
+    store = now
+    assert await store.add_rollouts([rollout(n, step=n) for n in range(4)]) == 2
+    leases = await store.lease("w", 9)
+    assert keys(leases) == [("r2", 2), ("r3", 2)]
+    await store.append("calls", calls("r3", 1, 0, 1))  # the old attempt goes on, and ends first
+    assert await store.seal(Seal("r3", 1, "w", "succeeded", 0.0, {"engine": 2})) == "late"
+    for lease in leases:
+        assert await run_attempt(store, lease, made=3) == "won"
+    async for now in now_and_reopened(store, tmp_path):
+        for step in (2, 3):
+            tables = await taken(now, step)
+            assert [(row["attempt"], row["sequence"]) for row in tables["calls"]] == [(2, 0), (2, 1), (2, 2)]
+            assert tables["rollouts"][0]["reward"] == 1.0
+    attempts = [(r["rollout_id"], r["attempt"], r["won"], r["late"]) for r in rows_on_disk(tmp_path, "attempts")]
+    assert attempts[2:] == [
+        ("r2", 1, False, True), ("r2", 2, True, False), ("r3", 1, False, True), ("r3", 2, True, False),
+    ]  # fmt: skip
+    await now.rewind(0)
+    with pytest.raises(ValueError, match="another step"):
+        await now.add_rollouts([rollout(2, step=7)])
+
+
+async def test_rewind_queues_the_running_rollouts_of_its_step_again(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0), rollout(1)])
+    first, _ = await store.lease("w", 2)
+    await run_attempt(store, first)
+    await store.rewind(0)
+    assert keys(await store.lease("w", 9)) == [("r1", 2)]
+    assert (await store.status())["succeeded"] == 1
+
+
+async def test_status_counts_what_there_is(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(n) for n in range(6)])
+    first, second, third, _ = await store.lease("w", 4)
+    await run_attempt(store, first)
+    await run_attempt(store, second, outcome="timeout", reward=-1.0)
+    await run_attempt(store, third, outcome="engine_lost", reward=None)
+    await store.mark_trained(0, ["r0", "r2"])
+    told = {"asked": 6, "queued": 3, "running": 1, "succeeded": 1, "failed": 1, "lost": 0, "dropped": 0, "trained": 2}
+    told |= {"failed_timeout": 1, "attempts": 4, "retried": 1, "attempts_engine_lost": 1, "attempts_running": 1}
+    assert told.items() <= (await store.status()).items() and (await store.status())["workers"] == 1
+    async for now in now_and_reopened(store, tmp_path):
+        assert told.items() <= (await now.status()).items()
+
+
+# what is recorded
+
+
+async def test_appends_and_seals_are_idempotent_and_a_gap_fails_the_attempt(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0)])
+    await store.lease("w", 1)
+    for _ in range(2):
+        await store.append("calls", calls("r0", 1, 0, 2, 0))
+    seal = Seal("r0", 1, "w", "succeeded", 1.0, {"engine": 3})
+    assert await store.seal(seal) == "failed"
+    assert await store.seal(replace(seal, outcome="timeout")) == "failed"
+    (lease,) = await store.lease("w", 1)
+    assert lease.attempt == 2
+    assert await run_attempt(store, lease) == "won"
+    assert await run_attempt(store, lease) == "won"
+    tables = await taken(store)
+    assert len(tables["calls"]) == 2 and tables["rollouts"][0]["attempts"] == 2
+    await store.close()
+    (incomplete, _) = rows_on_disk(tmp_path, "attempts")
+    assert (incomplete["outcome"], incomplete["calls"]) == ("incomplete", 2)
+    assert incomplete["error"] == "1 of 3 calls of engine are missing, the first is number 1"
+
+
+async def test_what_is_sealed_takes_nothing_new_and_passes_over_what_it_has(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0), rollout(1)])
+    first, _ = await store.lease("w", 2)
+    await run_attempt(store, first)
+    async for now in now_and_reopened(store, tmp_path):
+        await now.append("calls", calls("r0", 1, 1, 0))
+        with pytest.raises(AttemptSealed, match="r0"):
+            await now.append("calls", calls("r0", 1, 2))
+        mixed = pa.concat_batches([calls("r0", 1, 2), calls("r1", 1, 0)])
+        with pytest.raises(AttemptSealed):
+            await now.append("calls", mixed)
+        assert [(await taken(now))["attempts"][0][name] for name in ("calls", "rewards")] == [2, 1]
+    assert len(rows_on_disk(tmp_path, "calls")) == 2
+    assert await now.seal(Seal("r1", 1, "w", "succeeded", 1.0, {"engine": 1})) == "won"
+
+
+async def test_what_makes_no_sense_is_refused(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0)])
+    with pytest.raises(ValueError, match="never leased"):
+        await store.append("calls", calls("r0", 1, 0))
+    with pytest.raises(ValueError, match="never leased"):
+        await store.seal(Seal("r0", 1, "w", "succeeded", 1.0))
+    with pytest.raises(ValueError, match="ever added"):
+        await store.seal(Seal("r1", 1, "w", "succeeded", 1.0))
+    await store.lease("w", 1)
+    with pytest.raises(ValueError, match="outcome"):
+        await store.seal(Seal("r0", 1, "w", "great", 1.0))
+    for table, batch in (("rollouts", calls("r0", 1, 0)), ("rewards", calls("r0", 1, 0))):
+        with pytest.raises(ValueError, match="SCHEMAS"):
+            await store.append(table, batch)
+    size = store.log.size
+    await store.append("calls", calls("r0", 1))
+    assert store.log.size == size
+
+
+async def test_records_of_several_sources_are_numbered_as_they_come(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0)])
+    await store.lease("w", 1)
+    await store.append("calls", calls("r0", 1, 1, source="b"))
+    await store.append("calls", calls("r0", 1, 0, 1, source="a"))
+    await store.append("calls", calls("r0", 1, 0, source="b"))
+    assert await store.seal(Seal("r0", 1, "w", "succeeded", 1.0, {"a": 2, "b": 2})) == "won"
+    async for now in now_and_reopened(store, tmp_path):
+        found = [(row["sequence"], row["source"], row["source_sequence"]) for row in (await taken(now))["calls"]]
+        assert found == [(0, "b", 1), (1, "a", 0), (2, "a", 1), (3, "b", 0)]
+
+
+# disk
+
+
+async def test_rolling_keeps_every_row_and_goes_on(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(n, step=n // 2) for n in range(6)])
+    leases = await store.lease("w", 4)
+    for lease in leases[:3]:
+        await run_attempt(store, lease)
+    await store.append("calls", calls("r3", 1, 0))
+    before = [await taken(store, step) for step in (0, 1)]
+    async for now in now_and_reopened(store, tmp_path):
+        assert [await taken(now, step) for step in (0, 1)] == before
+        assert await now.add_rollouts([rollout(0)]) == 0
+    store = now
+    await store.mark_trained(0, ["r0", "r1"])  # their texts are in Parquet alone by now
+    await store.append("calls", calls("r3", 1, 0, 1))
+    await store.roll()
+    on_disk = {row["rollout_id"]: row for row in rows_on_disk(tmp_path, "rollouts")}
+    assert [on_disk[f"r{n}"]["trained_step"] for n in range(3)] == [0, 0, -1]
+    assert [on_disk[f"r{n}"]["input"] for n in range(6)] == [f'{{"q":{n}}}' for n in range(6)]
+    assert await store.seal(Seal("r3", 1, "w", "succeeded", 1.0, {"engine": 2})) == "won"
+    assert len((await taken(store, 1))["calls"]) == 4
+    assert keys(await store.lease("w", 9)) == [("r4", 1), ("r5", 1)]
+    assert len(list((tmp_path / "log").glob("*.log"))) == 1
+
+
+async def test_records_of_an_attempt_that_lost_its_lease_between_rolls_are_all_there(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0), rollout(1)])
+    await store.lease("w", 2)
+    await store.append("calls", calls("r0", 1, 0))
+    await store.rewind(0)  # takes the leases
+    await store.append("calls", calls("r0", 1, 1))
+    await store.roll()  # calls 0 and 1 are in Parquet
+    await store.append("calls", calls("r0", 1, 1, 2))
+    crash(store)
+    store = open_store(tmp_path)
+    await store.append("calls", calls("r0", 1, 0, 2, 3))
+    rolling = asyncio.create_task(store.roll())
+    await asyncio.sleep(0)
+    await store.append("calls", calls("r0", 1, 3, 4))
+    assert await store.seal(Seal("r0", 1, "w", "succeeded", 1.0, {"engine": 5})) == "won"
+    await rolling
+    async for now in now_and_reopened(store, tmp_path):
+        assert [row["source_sequence"] for row in (await taken(now))["calls"]] == [0, 1, 2, 3, 4]
+    assert [row["sequence"] for row in rows_on_disk(tmp_path, "calls")] == [0, 1, 2, 3, 4]
+
+
+async def test_rolls_beside_writers_lose_and_double_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(replay_store, "SEGMENT_BYTES", 20_000)  # so that it rolls by itself, too
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(n, step=n % 3) for n in range(60)])
+    done = False
+
+    async def worker(name: str) -> None:
+        while leases := await store.lease(name, 2):
+            assert await asyncio.gather(*(run_attempt(store, lease, made=4) for lease in leases)) == ["won"] * len(
+                leases
+            )
+
+    async def roller() -> None:
+        while not done:
+            await store.roll()
+            await asyncio.sleep(0.001)
+
+    rolling = asyncio.create_task(roller())
+    await asyncio.gather(*(worker(f"w{n}") for n in range(8)))
+    done = True
+    await rolling
+    before = [await taken(store, step) for step in range(3)]
+    assert [len(tables["calls"]) for tables in before] == [80] * 3
+    assert store.log.number > 3
+    crash(store)
+    store = open_store(tmp_path)
+    assert [await taken(store, step) for step in range(3)] == before
+    await store.close()
+    found = [(row["rollout_id"], row["sequence"]) for row in rows_on_disk(tmp_path, "calls")]
+    assert found == sorted((f"r{n}", number) for n in range(60) for number in range(4))
+
+
+async def test_a_roll_that_finds_the_disk_full_is_made_up_for_by_the_next(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(n, step=n // 4) for n in range(8)])
+    leases = await store.lease("w", 8)
+    for lease in leases[:6]:
+        await run_attempt(store, lease, made=3)
+    before = [await taken(store, step) for step in (0, 1)]
+    running, failed = leases[6].rollout.rollout_id, 0
+    for limit in range(1_500, 100_000, 1_500):  # at another byte each time
+        try:
+            with full_disk(limit):
+                await store.roll()
+            break
+        except OSError:
+            await store.append("calls", calls(running, 1, failed))
+            failed += 1
+            assert [await taken(store, step) for step in (0, 1)] == before
+    assert failed > 5
+    crash(store)
+    store = open_store(tmp_path)
+    assert [await taken(store, step) for step in (0, 1)] == before
+    assert await store.seal(Seal(running, 1, "w", "succeeded", 1.0, {"engine": failed})) == "won"
+    await store.close()
+    made = {lease.rollout.rollout_id: 3 for lease in leases[:6]} | {running: failed}
+    found = [(row["rollout_id"], row["sequence"]) for row in rows_on_disk(tmp_path, "calls")]
+    assert found == sorted((name, number) for name, count in made.items() for number in range(count))
+
+
+async def test_a_full_disk_is_told_and_changes_nothing(tmp_path):
+    store = open_store(tmp_path, lease_s=0.5)
+    await store.add_rollouts([rollout(n) for n in range(4)])
+    (lease,) = await store.lease("w", 1)
+    await store.append("calls", calls("r0", 1, 0))
+    before, size = await store.status(), store.log.size
+    for room in (0, 7, 25, 60):  # bytes of a frame that still fit
+        with full_disk(size + room):
+            for asked in (
+                lambda: store.append("calls", calls("r0", 1, 1)),
+                lambda: store.seal(Seal("r0", 1, "w", "succeeded", 1.0, {"engine": 1})),
+                lambda: store.lease("w", 3),
+                lambda: store.cancel(["r0", "r1"]),
+                lambda: store.add_rollouts([rollout(9)]),
+                lambda: store.mark_trained(0, ["r0"]),
+            ):
+                with pytest.raises(OSError):
+                    await asked()
+                assert await store.status() == before and store.log.path.stat().st_size == size
+    await asyncio.sleep(0.5)
+    with full_disk(size), pytest.raises(OSError):
+        await store.wait(0, "train", 1)  # can't note the lost lease
+    await store.heartbeat("w", [("r0", 1)])
+    assert await run_attempt(store, lease) == "won"
+    assert keys(await store.lease("w", 9)) == [("r2", 1), ("r1", 1), ("r3", 1)]
+    async for now in now_and_reopened(store, tmp_path):
+        assert len((await taken(now))["calls"]) == 2
+
+
+async def test_nothing_is_acknowledged_after_a_failed_fsync(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(n) for n in range(4)])
+    *_, last = await store.lease("w", 4)
+    await run_attempt(store, last)
+    unsynced = os.dup(store.log.fd)
+    read_end, write_end = os.pipe()
+    os.dup2(write_end, store.log.fd)  # takes what is written, but cannot be synced
+    seals = [Seal(name, 1, "w", "succeeded", 1.0) for name in ("r1", "r2")]
+    answers = await asyncio.gather(*map(store.seal, seals), return_exceptions=True)
+    assert [type(answer) for answer in answers] == [OSError, OSError]
+    os.dup2(unsynced, store.log.fd)  # a second fsync would succeed, and prove nothing
+    asked = [store.seal(seals[0]), store.append("calls", calls("r0", 1, 0)), store.take(0, "train"), store.roll()]
+    for asking in [*asked, store.wait(0, "train", 0)]:
+        with pytest.raises(OSError, match="fsync failed"):
+            await asking
+    crash(store)
+    store = open_store(tmp_path)
+    status = await store.status()
+    assert (status["succeeded"], status["running"]) == (1, 3)
+    for descriptor in (unsynced, read_end, write_end):
+        os.close(descriptor)
+
+
+async def test_a_half_frame_that_cannot_be_taken_back_is_never_written_behind(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0)])
+    await store.lease("w", 1)
+    kept, full = os.dup(store.log.fd), os.open("/dev/full", os.O_WRONLY)  # no space, and no truncate
+    os.dup2(full, store.log.fd)
+    with pytest.raises(OSError):
+        await store.append("calls", calls("r0", 1, 0))
+    os.dup2(kept, store.log.fd)
+    with pytest.raises(OSError, match="half a frame"):
+        await store.append("calls", calls("r0", 1, 0))
+    crash(store)
+    store = open_store(tmp_path)
+    await store.append("calls", calls("r0", 1, 0))
+    assert await store.seal(Seal("r0", 1, "w", "succeeded", 1.0, {"engine": 1})) == "won"
+    for descriptor in (kept, full):
+        os.close(descriptor)
+
+
+async def test_one_process_has_the_store(tmp_path, monkeypatch):
+    monkeypatch.setattr(replay_store, "LOCK_WAIT_S", 0.1)
+    store = open_store(tmp_path)
+    with pytest.raises(BlockingIOError):
+        open_store(tmp_path)
+    await store.close()
+    with pytest.raises(OSError, match="closed"):
+        await store.add_rollouts([rollout(0)])
+    await open_store(tmp_path).close()
