@@ -9,8 +9,8 @@ import numpy as np
 import openai
 import pytest
 import ray
-from attempts import SECRET, engine_config, numbers, start_store
-from tiny_model import make_tiny_model
+from attempts import REPLIES, SECRET, TOOLS, engine_config, numbers, start_store
+from tiny_model import make_tiny_model, teach
 from transformers import AutoModelForCausalLM
 
 from raygent.actors.engine_handle import EngineHandle
@@ -83,7 +83,8 @@ def side(request, cluster, tmp_path):
     if tied:
         engine, model, store = map(request.getfixturevalue, ("engine", "model", "store"))
     else:
-        model, store = make_tiny_model(tmp_path / "model", tie=False), start_store("untied-store", tmp_path)
+        model = teach(make_tiny_model(tmp_path / "model", tie=False), REPLIES, TOOLS)
+        store = start_store("untied-store", tmp_path)
         own = engine_config("untied", tmp_path, model)
         engine = start_app(own, SECRET, "untied-store", NAMESPACE, 0, str(model))
     assert AutoModelForCausalLM.from_pretrained(model).config.tie_word_embeddings == tied
