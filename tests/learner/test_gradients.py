@@ -97,9 +97,9 @@ def test_two_mini_batches_are_two_steps_of_adamw(group: Group, batch: Batch) -> 
     assert told["loss"] == pytest.approx(np.mean(losses), rel=1e-4, abs=1e-6)
     assert 0.05 < told["clip_fraction"] < 0.95
     for moments in on_ranks(group.learners, first_moment):
-        assert furthest(moments, plain.first_moment()) < 2e-5  # the second step is from weights that differ by rounding
+        assert furthest(moments, plain.first_moment()) < 1e-4  # the second step is from weights that differ by rounding
     for found in on_ranks(group.learners, weights):
-        assert furthest(found, wanted) < 5e-6
+        assert furthest(found, wanted) < 2e-5
         # AdamW divides each entry by its own size: the rounding of the smallest ones shows
         moved = {name: found[name] - start[name] for name in found}
         assert furthest(moved, {name: wanted[name] - start[name] for name in wanted}) < 1e-3
