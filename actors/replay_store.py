@@ -36,6 +36,7 @@ from raygent.actors.store_state import (
     read_store,
     recall,
     sources_of,
+    state_frame,
 )
 from raygent.actors.store_tables import (
     StepKey,
@@ -48,7 +49,7 @@ from raygent.actors.store_tables import (
     write_parquet,
     write_states,
 )
-from raygent.records import ENDED, INFRASTRUCTURE, OUTCOMES, SCHEMAS, SUCCEEDED, Lease, Rollout, Seal, to_json
+from raygent.records import ENDED, INFRASTRUCTURE, OUTCOMES, SCHEMAS, SUCCEEDED, Lease, Rollout, Seal, to_batch, to_json
 
 logger = logging.getLogger("raygent")
 
@@ -329,8 +330,7 @@ class ReplayStore:
             if rollout.status in ("succeeded", "failed")
         }
         won = [self.state.attempts[winner] for winner in sorted(winners)]
-        rows = [attempt_row(attempt) for attempt in won]
-        attempts = pa.Table.from_pylist(rows, schema=SCHEMAS["attempts"])
+        attempts = pa.Table.from_batches([to_batch(SCHEMAS["attempts"], [attempt_row(attempt) for attempt in won])])
         # Held records and `rolled` are of the same moment, so a roll that ends meanwhile neither doubles nor hides a row.
         held = {t: [batch for attempt in won for batch in attempt.held[t]] for t in ("calls", "rewards")}
         expected = {t: sum(getattr(attempt, t) for attempt in won) for t in held}
@@ -405,7 +405,7 @@ class ReplayStore:
     def _carried(self) -> list[tuple[int, bytes | pa.Buffer]]:
         """The first frames of a new segment: what is open, so that older segments may go."""
         frames: list[tuple[int, bytes | pa.Buffer]] = [
-            (STATE, to_json(event).encode()) for event in self.state.open_events()
+            (STATE, state_frame(event)) for event in self.state.open_events()
         ]
         for attempt in self.state.running.values():
             for table, batches in attempt.held.items():
@@ -499,7 +499,7 @@ class ReplayStore:
         event = {table: rows for table, rows in event.items() if rows}
         if not event:
             return
-        self.log.append(STATE, to_json(event).encode())
+        self.log.append(STATE, state_frame(event))
         self.state.apply(event)
         for row in event.get("attempts", []):
             key = (row["rollout_id"], row["attempt"])

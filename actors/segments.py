@@ -289,9 +289,10 @@ class Segment:
             while done < wanted:
                 done += os.write(self.fd, b"".join(parts)[done:])
         except OSError:
-            self.broken = "half a frame could not be taken back"
-            os.ftruncate(self.fd, self.size)
-            self.broken = ""
+            try:
+                os.ftruncate(self.fd, self.size)
+            except OSError:
+                self.broken = self.broken or "half a frame could not be taken back"
             raise
         self.size += wanted
         if kind != DURABLE:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from raygent.actors.segments import KINDS, RECORDS, STATE, Contents, Rolled, StoreDamaged, read_log, read_rolled
 from raygent.actors.store_tables import StepKey, check_files, read_records, read_states
-from raygent.records import ENDED, SCHEMAS
+from raygent.records import ENDED, SCHEMAS, to_batch, utf8
 
 AttemptKey = tuple[str, int]  # rollout id, number
 
@@ -178,8 +178,13 @@ class State:
                 for number in range(1, rollout.attempts + 1)
             ]
         schema = SCHEMAS[table]
-        columns = {name: [getattr(record, name) for record in records] for name in schema.names}
-        return pa.Table.from_pydict(columns, schema=schema)
+        rows = [{name: getattr(record, name) for name in schema.names} for record in records]
+        return pa.Table.from_batches([to_batch(schema, rows)])
+
+
+def state_frame(event: dict[str, list[dict[str, Any]]]) -> bytes:
+    """The payload of a STATE frame. Raises TypeError or ValueError for what JSON does not hold, nan and infinities too."""
+    return utf8(json.dumps(event, ensure_ascii=False, separators=(",", ":"), allow_nan=False)).encode()
 
 
 def attempt_row(attempt: AttemptState) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -16,7 +18,8 @@ from stores import call, calls, crash, open_store, rollout, rows_on_disk, run_at
 
 from raygent.actors import replay_store
 from raygent.actors.replay_store import AttemptSealed, ReplayStore
-from raygent.records import CALLS, REWARDS, SPANS, Reward, Seal, Span
+from raygent.actors.segments import STATE
+from raygent.records import CALLS, REWARDS, SPANS, Reward, Seal, Span, to_batch, to_json
 
 
 def keys(leases) -> list[tuple[str, int]]:
@@ -311,6 +314,47 @@ async def test_records_of_several_sources_are_numbered_as_they_come(tmp_path):
         assert found == [(0, "b", 1), (1, "a", 0), (2, "a", 1), (3, "b", 0)]
 
 
+async def test_a_text_that_utf8_cannot_say_is_kept_as_json_writes_it(tmp_path):
+    """A lone surrogate, as models and broken files make them."""
+    store = open_store(tmp_path)
+    task = {"q": "\ud800", "\udfff": "ä"}
+    await store.add_rollouts([replace(rollout(0), task_id="t\ud800", input=task)])
+    (lease,) = await store.lease("w", 1)
+    assert lease.rollout.input == task
+    attributes = to_json({"said": "\ud800", "deep": "\\\ud800"})
+    assert json.loads(attributes) == {"said": "\ud800", "deep": "\\\ud800"}
+    records = {
+        "calls": to_batch(CALLS, [call("r0", 1, 0, text='"\ud800"')]),
+        "spans": to_batch(SPANS, [Span("r0", 1, "w", 0, "note", "n\ud800", attributes, 0.0, 1.0)]),
+    }
+    assert await store.seal(Seal("r0", 1, "w", "agent_error", 0.0, {"engine": 1}, error="no \ud800"), records) == "won"
+    async for now in now_and_reopened(store, tmp_path):
+        tables = await taken(now)
+        assert tables["rollouts"][0]["task_id"] == r"t\ud800" and json.loads(tables["rollouts"][0]["input"]) == task
+        assert tables["attempts"][0]["error"] == r"no \ud800" and tables["calls"][0]["request"] == r'"\ud800"'
+    (span,) = rows_on_disk(tmp_path, "spans")
+    assert (span["name"], span["attributes"]) == (r"n\ud800", attributes)
+
+
+@pytest.mark.parametrize("value", [[[]], {(1, 2): 3}, 10**5000], ids=["deep", "key", "huge"])
+def test_what_cannot_be_json_is_recorded_as_such(value):
+    for _ in range(3000 if value == [[]] else 0):
+        value = [value]
+    assert list(json.loads(to_json({"value": value}))) == ["not_json"]
+
+
+async def test_a_change_that_is_no_json_is_refused_and_changes_nothing(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0)])
+    (lease,) = await store.lease("w", 1)
+    before = await store.status()
+    for reward in (float("nan"), Path("1.0")):
+        with pytest.raises((TypeError, ValueError)):
+            await store.seal(Seal("r0", 1, "w", "succeeded", reward))  # type: ignore[arg-type]
+        assert await store.status() == before
+    assert await run_attempt(store, lease) == "won"
+
+
 # disk
 
 
@@ -490,6 +534,26 @@ async def test_a_half_frame_that_cannot_be_taken_back_is_never_written_behind(tm
     assert await store.seal(Seal("r0", 1, "w", "succeeded", 1.0, {"engine": 1})) == "won"
     for descriptor in (kept, full):
         os.close(descriptor)
+
+
+async def test_an_append_that_fails_does_not_hide_that_an_fsync_failed(tmp_path, monkeypatch):
+    log = open_store(tmp_path).log
+
+    def fail(*_: Any) -> None:
+        raise OSError("no")
+
+    def fail_beside_a_sync(*_: Any) -> None:
+        with pytest.raises(OSError, match="no"):
+            log.sync()
+        fail()
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    monkeypatch.setattr(os, "writev", fail_beside_a_sync)
+    with pytest.raises(OSError, match="no"):
+        log.append(STATE, b"{}")
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="fsync failed"):
+        log.append(STATE, b"{}")
 
 
 async def test_one_process_has_the_store(tmp_path, monkeypatch):
