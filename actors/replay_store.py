@@ -82,6 +82,7 @@ class ReplayStore:
             raise
         self.next_expiry = time.monotonic() + lease_s  # no lease runs out before
         self.leases: dict[AttemptKey, float] = dict.fromkeys(self.state.running, self.next_expiry)
+        self.unheard = set(self.state.running)  # leases from before this start whose worker has not been heard since
         self.queue = [_place(rollout) for rollout in self.state.rollouts.values() if rollout.status == "queued"]
         heapq.heapify(self.queue)
         self.workers: dict[str, float] = {}  # name -> when it was heard last, monotonic
@@ -152,6 +153,7 @@ class ReplayStore:
             attempt = self.state.attempts.get((rollout_id, number))
             if (rollout_id, number) in self.leases and attempt and attempt.worker == worker:
                 self.leases[rollout_id, number] = now + self.lease_s
+                self.unheard.discard(attempt.key)
             else:
                 lost.append((rollout_id, number))
         return lost
@@ -171,14 +173,16 @@ class ReplayStore:
     async def rewind(self, step: int) -> None:
         """Go back to before `step`: it and the steps after it are to be done again. Durable, idempotent.
 
-        Rollouts of `step` stay as they are, running ones are queued again. Those of later steps are dropped with outcome
-        "rewound", their attempts kept as late ones; their ids may be added again, with attempt numbers that go on.
+        Rollouts of `step` stay as they are, running ones are queued again. Those of later steps, and those of `step` that
+        were lost, are dropped with outcome "rewound", their attempts kept as late ones; their ids may be added again, with
+        attempt numbers that go on.
         """
         rollouts: list[dict[str, Any]] = []
         attempts: list[dict[str, Any]] = []
         for rollout in self.state.rollouts.values():
             row: dict[str, Any] = {"trained_step": -1} if rollout.trained_step >= step else {}
-            if rollout.step > step and rollout.outcome != REWOUND:
+            again = rollout.step > step or (rollout.step == step and rollout.status == "lost")
+            if again and rollout.outcome != REWOUND:
                 row = _end(rollout, "dropped", REWOUND) | {"winning_attempt": 0, "reward": None, "trained_step": -1}
                 attempts += [_stopped(attempt, CANCELLED) for attempt in self._running(rollout.rollout_id)]
                 if rollout.winning_attempt:
@@ -479,7 +483,8 @@ class ReplayStore:
         return {"rollout_id": rollout.rollout_id, "status": "queued"} | failures
 
     async def _expire(self) -> None:
-        """Attempts whose lease has run out fail as "lease_lost"."""
+        """Attempts whose lease has run out fail as "lease_lost"; as "store_restarted", which is not counted against the
+        rollout, where nobody was heard to hold it since this start: its worker may never have got our answer."""
         now = time.monotonic()
         if now < self.next_expiry:
             return
@@ -490,8 +495,13 @@ class ReplayStore:
         now = time.monotonic()
         overdue = [self.state.attempts[key] for key, expires in self.leases.items() if expires < now]
         self._change(
-            rollouts=[self._try_again(self.state.rollouts[attempt.rollout_id]) for attempt in overdue],
-            attempts=[_stopped(attempt, "lease_lost") for attempt in overdue],
+            rollouts=[
+                {"rollout_id": attempt.rollout_id, "status": "queued"}
+                if attempt.key in self.unheard
+                else self._try_again(self.state.rollouts[attempt.rollout_id])
+                for attempt in overdue
+            ],
+            attempts=[_stopped(a, "store_restarted" if a.key in self.unheard else "lease_lost") for a in overdue],
         )
 
     def _change(self, **event: list[dict[str, Any]]) -> None:

@@ -225,6 +225,35 @@ async def test_rewind_queues_the_running_rollouts_of_its_step_again(tmp_path):
     assert (await store.status())["succeeded"] == 1
 
 
+async def test_rewind_lets_what_was_lost_in_its_step_be_asked_again(tmp_path):
+    store = open_store(tmp_path, max_attempts=1)
+    asked = [rollout(0), rollout(2, step=1), rollout(4, step=1)]
+    await store.add_rollouts(asked)
+    for lease in await store.lease("w", 9):
+        await run_attempt(store, lease, outcome="succeeded" if lease.rollout.index else "engine_lost")
+    await store.roll()  # its texts are in Parquet alone now
+    await store.rewind(1)
+    await store.rewind(1)
+    assert await store.add_rollouts(asked) == 2  # r0, of a step that is done, stays lost
+    leases = await store.lease("w", 9)
+    assert keys(leases) == [("r2", 2), ("r4", 2)] and leases[0].rollout == asked[1]
+    assert [await run_attempt(store, lease) for lease in leases] == ["won", "won"]
+
+
+async def test_a_lease_that_nobody_held_since_the_store_restarted_costs_no_attempt(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0), rollout(2)])
+    await store.lease("w", 2)
+    for held in (2, 3):
+        crash(store)
+        store = open_store(tmp_path, lease_s=0.05, max_attempts=1)
+        await store.heartbeat("w", [("r2", 1)])
+        await asyncio.sleep(0.1)
+        assert keys(await store.lease("w", 9)) == [("r0", held)]
+    told = {"attempts_store_restarted": 2, "attempts_lease_lost": 1, "lost": 1, "running": 1}
+    assert told.items() <= (await store.status()).items()
+
+
 async def test_status_counts_what_there_is(tmp_path):
     store = open_store(tmp_path)
     await store.add_rollouts([rollout(n) for n in range(6)])

@@ -33,6 +33,7 @@ class ModelAttempt:
     number: int
     outcome: str = ""
     sealed: bool = False
+    unheard: bool = False  # since the store was opened again
     won: bool = False
     late: bool = False
     records: dict[str, list[Source]] = field(default_factory=lambda: {"calls": [], "spans": [], "rewards": []})
@@ -186,8 +187,11 @@ class StoreMachine(RuleBasedStateMachine):
         for of in self.known(numbers):
             for attempt in of.running:
                 self.store.leases[attempt.rollout_id, attempt.number] = self.store.next_expiry = 0
-                attempt.outcome = "lease_lost"
-                of.try_again()
+                attempt.outcome = "store_restarted" if attempt.unheard else "lease_lost"
+                if attempt.unheard:
+                    of.status = "queued"
+                else:
+                    of.try_again()
         late, replay_store.LATE_HEARTBEATS_S = replay_store.LATE_HEARTBEATS_S, 0
         assert self.ask(self.store.wait(9, "train", 0)) == 0
         replay_store.LATE_HEARTBEATS_S = late
@@ -207,7 +211,8 @@ class StoreMachine(RuleBasedStateMachine):
         for of in self.model.values():
             if of.trained >= step:
                 of.trained = -1
-            if of.rollout.step > step and of.outcome != "rewound":
+            again = of.rollout.step > step or (of.rollout.step == step and of.status == "lost")
+            if again and of.outcome != "rewound":
                 of.status, of.outcome, of.reward, of.winner = "dropped", "rewound", None, 0
                 of.stop("cancelled")
                 for attempt in of.attempts:
@@ -230,6 +235,12 @@ class StoreMachine(RuleBasedStateMachine):
         held = {(attempt.rollout_id, attempt.number) for of in self.model.values() for attempt in of.running}
         lost = self.ask(self.store.heartbeat("w", attempts))
         assert set(lost) == set(attempts) - held
+        self.unheard(False)
+
+    def unheard(self, now: bool) -> None:
+        for of in self.model.values():
+            for attempt in of.running:
+                attempt.unheard = now
 
     @rule()
     def roll(self) -> None:
@@ -251,6 +262,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.rolled()
         crash(self.store)
         self.store = open_store(self.folder)
+        self.unheard(True)
 
     @rule()
     def close_and_open(self) -> None:
@@ -258,6 +270,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.ask(self.store.close())
         self.compare_with_disk()
         self.store = open_store(self.folder)
+        self.unheard(True)
 
     @rule()
     def take(self) -> None:
