@@ -42,10 +42,10 @@ from raygent.actors.store_tables import (
     StepKey,
     discard_uncommitted,
     make_folders,
-    read_parquet,
     read_records,
     record_name,
     state_name,
+    with_texts,
     write_parquet,
     write_states,
 )
@@ -342,7 +342,8 @@ class ReplayStore:
         await self._durable()
 
         def gather() -> dict[str, pa.Table]:
-            tables = {"rollouts": _with_texts(self.directory, key, all_rollouts.filter(ended)), "attempts": attempts}
+            states = {"rollouts": all_rollouts.filter(ended), "attempts": attempts}
+            tables = {table: with_texts(self.directory, table, key, rows) for table, rows in states.items()}
             for table, batches in held.items():
                 rows = pa.Table.from_batches(batches, SCHEMAS[table])
                 if len(rows) < expected[table]:
@@ -447,6 +448,9 @@ class ReplayStore:
             for rollout in self.state.steps[key].values():
                 if rollout.status in ENDED:
                     rollout.input = rollout.private = None
+                for number in range(1, rollout.attempts + 1):
+                    if self.state.attempts[rollout.rollout_id, number].error:
+                        self.state.attempts[rollout.rollout_id, number].error = None
 
     async def _roll_by_size(self) -> None:
         try:
@@ -587,13 +591,3 @@ def _lacking(attempt: AttemptState, seal: Seal) -> str:
             if missing:
                 return f"{len(missing)} of {count} {table} of {source} are missing, the first is number {missing[0]}"
     return ""
-
-
-def _with_texts(directory: Path, key: StepKey, rollouts: pa.Table) -> pa.Table:
-    """`rollouts` with the `input` and `private` that memory has let go of, from their Parquet file."""
-    rows = rollouts.to_pylist()
-    if any(row["input"] is None for row in rows):
-        old = read_parquet(directory / state_name("rollouts", key), ["rollout_id", "input", "private"]).to_pylist()
-        texts = {row["rollout_id"]: row for row in old}
-        rows = [texts.get(row["rollout_id"], {}) | {n: v for n, v in row.items() if v is not None} for row in rows]
-    return pa.Table.from_pylist(rows, schema=SCHEMAS["rollouts"])

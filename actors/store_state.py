@@ -76,7 +76,7 @@ class AttemptState:
     calls: int = 0
     spans: int = 0
     rewards: int = 0
-    error: str = ""
+    error: str | None = ""  # None: only in Parquet
     finished: float | None = None
     held: dict[str, list[pa.RecordBatch]] = field(default_factory=lambda: defaultdict(list))
     made: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
@@ -169,7 +169,7 @@ class State:
         yield {"attempts": [attempt_row(attempt) for attempt in self.running.values()]}
 
     def rows(self, table: str, key: StepKey) -> pa.Table:
-        """The rows of `rollouts` or `attempts` of one step (null `input` and `private` where they are in Parquet alone)."""
+        """The rows of `rollouts` or `attempts` of one step (texts that are in Parquet alone are null)."""
         records: list[Any] = list(self.steps[key].values())
         if table == "attempts":
             records = [

@@ -411,6 +411,25 @@ async def test_rolling_keeps_every_row_and_goes_on(tmp_path):
     assert len(list((tmp_path / "log").glob("*.log"))) == 1
 
 
+async def test_memory_lets_go_of_texts_once_they_are_in_parquet(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(n) for n in range(4)])
+    for lease in await store.lease("w", 3):
+        outcome = "engine_lost" if lease.rollout.rollout_id == "r2" else "timeout"
+        seal = Seal(lease.rollout.rollout_id, 1, "w", outcome, None, error=f"why {lease.rollout.rollout_id}")
+        await store.seal(seal)
+    async for now in now_and_reopened(store, tmp_path):
+        assert [row["error"] for row in (await taken(now))["attempts"]] == ["why r0", "why r1"]
+        await now.mark_trained(0, ["r0"])  # so that its step is written anew
+    assert [row["error"] for row in rows_on_disk(tmp_path, "attempts")] == ["why r0", "why r1", "why r2"]
+    assert {attempt.error for attempt in now.state.attempts.values()} == {None}
+    await now.mark_trained(1, ["r0"])
+    await now.seal(Seal((await now.lease("w", 1))[0].rollout.rollout_id, 2, "w", "succeeded", 1.0, error="again"))
+    await now.close()
+    assert {attempt.error for attempt in now.state.attempts.values()} == {None}
+    assert [row["error"] for row in rows_on_disk(tmp_path, "attempts")] == ["why r0", "why r1", "why r2", "again"]
+
+
 async def test_records_of_an_attempt_that_lost_its_lease_between_rolls_are_all_there(tmp_path):
     store = open_store(tmp_path)
     await store.add_rollouts([rollout(0), rollout(1)])

@@ -36,6 +36,7 @@ class ModelAttempt:
     unheard: bool = False  # since the store was opened again
     won: bool = False
     late: bool = False
+    error: str = ""
     records: dict[str, list[Source]] = field(default_factory=lambda: {"calls": [], "spans": [], "rewards": []})
 
     @property
@@ -179,7 +180,9 @@ class StoreMachine(RuleBasedStateMachine):
             for source, count in counts.items()
             for number in range(count)
         )
-        seal = Seal(attempt.rollout_id, attempt.number, "w", outcome, reward, finished=1.0, **stated)
+        if not attempt.sealed:
+            attempt.error = "why"
+        seal = Seal(attempt.rollout_id, attempt.number, "w", outcome, reward, error="why", finished=1.0, **stated)
         assert self.ask(self.store.seal(seal)) == of.seal(attempt, outcome, reward, complete)
 
     @rule(numbers=rollouts)
@@ -281,7 +284,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert {row["rollout_id"]: row["status"] for row in tables["rollouts"]} == ended
             won = [of.attempts[of.winner - 1] for of in of_step if of.status in ("succeeded", "failed")]
             won.sort(key=lambda attempt: attempt.rollout_id)
-            assert [row["rollout_id"] for row in tables["attempts"]] == [attempt.rollout_id for attempt in won]
+            told = [(row["rollout_id"], row["error"]) for row in tables["attempts"]]
+            assert told == [(attempt.rollout_id, attempt.error) for attempt in won]
             for table in ("calls", "rewards"):
                 assert list(map(record, tables[table])) == records(won, table)
 
@@ -318,6 +322,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert [tuple(row[n] for n in names) for row in rows_on_disk(self.folder, "attempts")] == [
             (a.rollout_id, a.number, a.outcome, a.won, a.late, *map(len, a.records.values())) for a in attempts
         ]
+        errors = [row["error"].partition(";")[0] for row in rows_on_disk(self.folder, "attempts")]
+        assert errors == [a.error for a in attempts]
         # The records of what runs still stand in the log alone.
         for table in ("calls", "spans", "rewards"):
             ended = [attempt for attempt in attempts if attempt.outcome]
