@@ -20,14 +20,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from raygent.actors.segments import RECORDS, STATE, Contents, Rolled, Segment, StoreDamaged, write_rolled
+from raygent.actors.segments import CLOSED, RECORDS, STATE, Contents, Rolled, Segment, StoreDamaged, write_rolled
 from raygent.actors.store_state import (
     AttemptKey,
     AttemptState,
@@ -66,10 +66,13 @@ class AttemptSealed(ValueError):
 
 class ReplayStore:
     """See the module. `directory` is the run's `store` folder; a lease without heartbeat lasts `lease_s` seconds; a rollout
-    gets `max_attempts` attempts for infrastructure's sake. Raises StoreDamaged where the files are not what was written."""
+    gets `max_attempts` attempts for infrastructure's sake. `leave` ends the process where the log takes nothing more; Ray
+    starts another, which recovers. Raises StoreDamaged where the files are not what was written."""
 
-    def __init__(self, directory: str, lease_s: float, max_attempts: int) -> None:
-        self.directory, self.lease_s, self.max_attempts = Path(directory), lease_s, max_attempts
+    def __init__(
+        self, directory: str, lease_s: float, max_attempts: int, leave: Callable[[int], object] = os._exit
+    ) -> None:
+        self.directory, self.lease_s, self.max_attempts, self.leave = Path(directory), lease_s, max_attempts, leave
         self.folder = self.directory / "log"
         make_folders(self.directory)
         self.lock = _lock(self.directory / "lock")
@@ -244,7 +247,8 @@ class ReplayStore:
         first, place = getattr(attempt, table), batch.schema.get_field_index("sequence")
         numbers = pa.array(range(first, first + len(rows)), pa.int32())
         message = batch.set_column(place, batch.schema.field(place), numbers).serialize()
-        self.log.append(RECORDS[table], message)
+        with self._leaving_when_broken():
+            self.log.append(RECORDS[table], message)
         # Held as a view of the message, not of `batch`, which would pin its object in Ray's shared memory.
         held = pa.ipc.read_record_batch(message, SCHEMAS[table])
         attempt.hold(table, held, sources_of(held))
@@ -378,13 +382,15 @@ class ReplayStore:
             if not self.state.dirty:
                 return
             async with self.committing:
-                await asyncio.to_thread(self.log.sync)
+                with self._leaving_when_broken():
+                    await asyncio.to_thread(self.log.sync)
                 segment, steps = self.log.number, self.state.dirty
                 states = {
                     (table, key): self.state.rows(table, key) for key in steps for table in ("rollouts", "attempts")
                 }
                 moved = self._movable(steps)
-                self.log = Segment.create(self.folder, segment + 1, self._carried(), before=self.log)
+                with self._leaving_when_broken():
+                    self.log = Segment.create(self.folder, segment + 1, self._carried(), before=self.log)
                 self.state.dirty = set()
             try:
                 self.rolled = await asyncio.to_thread(self._write_tables, segment, states, moved)
@@ -513,7 +519,8 @@ class ReplayStore:
         event = {table: rows for table, rows in event.items() if rows}
         if not event:
             return
-        self.log.append(STATE, state_frame(event))
+        with self._leaving_when_broken():
+            self.log.append(STATE, state_frame(event))
         self.state.apply(event)
         for row in event.get("attempts", []):
             key = (row["rollout_id"], row["attempt"])
@@ -535,8 +542,20 @@ class ReplayStore:
         async with self.committing:
             if log.durable < target:
                 size = log.size
-                await asyncio.to_thread(log.sync)
-                log.state_durable(size)
+                with self._leaving_when_broken():
+                    await asyncio.to_thread(log.sync)
+                    log.state_durable(size)
+
+    @contextlib.contextmanager
+    def _leaving_when_broken(self) -> Iterator[None]:
+        """Ends the process if the log takes nothing more: what is safe on disk, only a recovery can tell."""
+        try:
+            yield
+        except OSError as error:
+            if self.log.broken not in ("", CLOSED):
+                logger.critical("the store ends and has to be started again: %s", error)
+                self.leave(1)
+            raise
 
 
 def _lock(path: Path) -> int:

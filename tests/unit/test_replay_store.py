@@ -542,7 +542,8 @@ async def test_a_full_disk_is_told_and_changes_nothing(tmp_path):
 
 
 async def test_nothing_is_acknowledged_after_a_failed_fsync(tmp_path):
-    store = open_store(tmp_path)
+    left: list[int] = []
+    store = open_store(tmp_path, leave=left.append)
     await store.add_rollouts([rollout(n) for n in range(4)])
     *_, last = await store.lease("w", 4)
     await run_attempt(store, last)
@@ -552,6 +553,7 @@ async def test_nothing_is_acknowledged_after_a_failed_fsync(tmp_path):
     seals = [Seal(name, 1, "w", "succeeded", 1.0) for name in ("r1", "r2")]
     answers = await asyncio.gather(*map(store.seal, seals), return_exceptions=True)
     assert [type(answer) for answer in answers] == [OSError, OSError]
+    assert left == [1, 1]
     os.dup2(unsynced, store.log.fd)  # a second fsync would succeed, and prove nothing
     asked = [store.seal(seals[0]), store.append("calls", calls("r0", 1, 0)), store.take(0, "train"), store.roll()]
     for asking in [*asked, store.wait(0, "train", 0)]:
@@ -565,14 +567,36 @@ async def test_nothing_is_acknowledged_after_a_failed_fsync(tmp_path):
         os.close(descriptor)
 
 
-async def test_a_half_frame_that_cannot_be_taken_back_is_never_written_behind(tmp_path):
+@pytest.mark.parametrize("fails", ["fdatasync", "rename"])
+async def test_a_roll_that_breaks_the_log_ends_the_process(tmp_path, monkeypatch, fails):
+    left: list[int] = []
+    store = open_store(tmp_path, leave=left.append)
+    await store.add_rollouts([rollout(0)])
+
+    def fail(*_: Any) -> None:
+        raise OSError(fails)
+
+    monkeypatch.setattr(os, fails, fail)
+    with pytest.raises(OSError, match=fails):
+        await store.roll()
+    monkeypatch.undo()
+    assert left == [1]
+    crash(store)
     store = open_store(tmp_path)
+    assert keys(await store.lease("w", 1)) == [("r0", 1)]
+    await store.close()
+
+
+async def test_a_half_frame_that_cannot_be_taken_back_is_never_written_behind(tmp_path):
+    left: list[int] = []
+    store = open_store(tmp_path, leave=left.append)
     await store.add_rollouts([rollout(0)])
     await store.lease("w", 1)
     kept, full = os.dup(store.log.fd), os.open("/dev/full", os.O_WRONLY)  # no space, and no truncate
     os.dup2(full, store.log.fd)
     with pytest.raises(OSError):
         await store.append("calls", calls("r0", 1, 0))
+    assert left == [1]
     os.dup2(kept, store.log.fd)
     with pytest.raises(OSError, match="half a frame"):
         await store.append("calls", calls("r0", 1, 0))
