@@ -5,7 +5,8 @@ What it promises, and tests kill it to prove it:
 - the seal of an attempt, and every change of the queue, is on disk (fsync) when it returns; one fsync serves all who wait;
 - an attempt that lacks a record its seal states is "incomplete", a failure of ours, and is made again;
 - one attempt wins a rollout; later ones are kept, marked `late`, never taken;
-- after a crash, what was acknowledged is there, the queue included; damaged bytes are named and nothing starts on them.
+- after a crash, what was acknowledged is there, the queue included; changed bytes are named and nothing starts on them;
+- after a failed fsync the process ends: the next one recovers from what is on disk.
 
 It owns `runs/NAME/store/`: `log/` (segments.py) and `TABLE/*.parquet` (store_tables.py).
 """
