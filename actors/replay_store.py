@@ -5,7 +5,8 @@ What it promises, and tests kill it to prove it:
 - the seal of an attempt, and every change of the queue, is on disk (fsync) when it returns; one fsync serves all who wait;
 - an attempt that lacks a record its seal states is "incomplete", a failure of ours, and is made again;
 - one attempt wins a rollout; later ones are kept, marked `late`, never taken;
-- after a crash, what was acknowledged is there, the queue included; damaged bytes are named and nothing starts on them.
+- after a crash, what was acknowledged is there, the queue included; changed bytes are named and nothing starts on them;
+- after a failed fsync the process ends: the next one recovers from what is on disk.
 
 It owns `runs/NAME/store/`: `log/` (segments.py) and `TABLE/*.parquet` (store_tables.py).
 """
@@ -20,14 +21,14 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from raygent.actors.segments import RECORDS, STATE, Contents, Rolled, Segment, StoreDamaged, write_rolled
+from raygent.actors.segments import CLOSED, RECORDS, STATE, Contents, Rolled, Segment, StoreDamaged, write_rolled
 from raygent.actors.store_state import (
     AttemptKey,
     AttemptState,
@@ -36,19 +37,20 @@ from raygent.actors.store_state import (
     read_store,
     recall,
     sources_of,
+    state_frame,
 )
 from raygent.actors.store_tables import (
     StepKey,
     discard_uncommitted,
     make_folders,
-    read_parquet,
     read_records,
     record_name,
     state_name,
+    with_texts,
     write_parquet,
     write_states,
 )
-from raygent.records import ENDED, INFRASTRUCTURE, OUTCOMES, SCHEMAS, SUCCEEDED, Lease, Rollout, Seal, to_json
+from raygent.records import ENDED, INFRASTRUCTURE, OUTCOMES, SCHEMAS, SUCCEEDED, Lease, Rollout, Seal, to_batch, to_json
 
 logger = logging.getLogger("raygent")
 
@@ -65,10 +67,13 @@ class AttemptSealed(ValueError):
 
 class ReplayStore:
     """See the module. `directory` is the run's `store` folder; a lease without heartbeat lasts `lease_s` seconds; a rollout
-    gets `max_attempts` attempts for infrastructure's sake. Raises StoreDamaged where the files are not what was written."""
+    gets `max_attempts` attempts for infrastructure's sake. `leave` ends the process where the log takes nothing more; Ray
+    starts another, which recovers. Raises StoreDamaged where the files are not what was written."""
 
-    def __init__(self, directory: str, lease_s: float, max_attempts: int) -> None:
-        self.directory, self.lease_s, self.max_attempts = Path(directory), lease_s, max_attempts
+    def __init__(
+        self, directory: str, lease_s: float, max_attempts: int, leave: Callable[[int], object] = os._exit
+    ) -> None:
+        self.directory, self.lease_s, self.max_attempts, self.leave = Path(directory), lease_s, max_attempts, leave
         self.folder = self.directory / "log"
         make_folders(self.directory)
         self.lock = _lock(self.directory / "lock")
@@ -81,6 +86,7 @@ class ReplayStore:
             raise
         self.next_expiry = time.monotonic() + lease_s  # no lease runs out before
         self.leases: dict[AttemptKey, float] = dict.fromkeys(self.state.running, self.next_expiry)
+        self.unheard = set(self.state.running)  # leases from before this start whose worker has not been heard since
         self.queue = [_place(rollout) for rollout in self.state.rollouts.values() if rollout.status == "queued"]
         heapq.heapify(self.queue)
         self.workers: dict[str, float] = {}  # name -> when it was heard last, monotonic
@@ -151,6 +157,7 @@ class ReplayStore:
             attempt = self.state.attempts.get((rollout_id, number))
             if (rollout_id, number) in self.leases and attempt and attempt.worker == worker:
                 self.leases[rollout_id, number] = now + self.lease_s
+                self.unheard.discard(attempt.key)
             else:
                 lost.append((rollout_id, number))
         return lost
@@ -170,14 +177,16 @@ class ReplayStore:
     async def rewind(self, step: int) -> None:
         """Go back to before `step`: it and the steps after it are to be done again. Durable, idempotent.
 
-        Rollouts of `step` stay as they are, running ones are queued again. Those of later steps are dropped with outcome
-        "rewound", their attempts kept as late ones; their ids may be added again, with attempt numbers that go on.
+        Rollouts of `step` stay as they are, running ones are queued again. Those of later steps, and those of `step` that
+        were lost, are dropped with outcome "rewound", their attempts kept as late ones; their ids may be added again, with
+        attempt numbers that go on.
         """
         rollouts: list[dict[str, Any]] = []
         attempts: list[dict[str, Any]] = []
         for rollout in self.state.rollouts.values():
             row: dict[str, Any] = {"trained_step": -1} if rollout.trained_step >= step else {}
-            if rollout.step > step and rollout.outcome != REWOUND:
+            again = rollout.step > step or (rollout.step == step and rollout.status == "lost")
+            if again and rollout.outcome != REWOUND:
                 row = _end(rollout, "dropped", REWOUND) | {"winning_attempt": 0, "reward": None, "trained_step": -1}
                 attempts += [_stopped(attempt, CANCELLED) for attempt in self._running(rollout.rollout_id)]
                 if rollout.winning_attempt:
@@ -239,7 +248,8 @@ class ReplayStore:
         first, place = getattr(attempt, table), batch.schema.get_field_index("sequence")
         numbers = pa.array(range(first, first + len(rows)), pa.int32())
         message = batch.set_column(place, batch.schema.field(place), numbers).serialize()
-        self.log.append(RECORDS[table], message)
+        with self._leaving_when_broken():
+            self.log.append(RECORDS[table], message)
         # Held as a view of the message, not of `batch`, which would pin its object in Ray's shared memory.
         held = pa.ipc.read_record_batch(message, SCHEMAS[table])
         attempt.hold(table, held, sources_of(held))
@@ -329,8 +339,7 @@ class ReplayStore:
             if rollout.status in ("succeeded", "failed")
         }
         won = [self.state.attempts[winner] for winner in sorted(winners)]
-        rows = [attempt_row(attempt) for attempt in won]
-        attempts = pa.Table.from_pylist(rows, schema=SCHEMAS["attempts"])
+        attempts = pa.Table.from_batches([to_batch(SCHEMAS["attempts"], [attempt_row(attempt) for attempt in won])])
         # Held records and `rolled` are of the same moment, so a roll that ends meanwhile neither doubles nor hides a row.
         held = {t: [batch for attempt in won for batch in attempt.held[t]] for t in ("calls", "rewards")}
         expected = {t: sum(getattr(attempt, t) for attempt in won) for t in held}
@@ -338,7 +347,8 @@ class ReplayStore:
         await self._durable()
 
         def gather() -> dict[str, pa.Table]:
-            tables = {"rollouts": _with_texts(self.directory, key, all_rollouts.filter(ended)), "attempts": attempts}
+            states = {"rollouts": all_rollouts.filter(ended), "attempts": attempts}
+            tables = {table: with_texts(self.directory, table, key, rows) for table, rows in states.items()}
             for table, batches in held.items():
                 rows = pa.Table.from_batches(batches, SCHEMAS[table])
                 if len(rows) < expected[table]:
@@ -373,13 +383,15 @@ class ReplayStore:
             if not self.state.dirty:
                 return
             async with self.committing:
-                await asyncio.to_thread(self.log.sync)
+                with self._leaving_when_broken():
+                    await asyncio.to_thread(self.log.sync)
                 segment, steps = self.log.number, self.state.dirty
                 states = {
                     (table, key): self.state.rows(table, key) for key in steps for table in ("rollouts", "attempts")
                 }
                 moved = self._movable(steps)
-                self.log = Segment.create(self.folder, segment + 1, self._carried(), before=self.log)
+                with self._leaving_when_broken():
+                    self.log = Segment.create(self.folder, segment + 1, self._carried(), before=self.log)
                 self.state.dirty = set()
             try:
                 self.rolled = await asyncio.to_thread(self._write_tables, segment, states, moved)
@@ -405,7 +417,7 @@ class ReplayStore:
     def _carried(self) -> list[tuple[int, bytes | pa.Buffer]]:
         """The first frames of a new segment: what is open, so that older segments may go."""
         frames: list[tuple[int, bytes | pa.Buffer]] = [
-            (STATE, to_json(event).encode()) for event in self.state.open_events()
+            (STATE, state_frame(event)) for event in self.state.open_events()
         ]
         for attempt in self.state.running.values():
             for table, batches in attempt.held.items():
@@ -443,6 +455,9 @@ class ReplayStore:
             for rollout in self.state.steps[key].values():
                 if rollout.status in ENDED:
                     rollout.input = rollout.private = None
+                for number in range(1, rollout.attempts + 1):
+                    if self.state.attempts[rollout.rollout_id, number].error:
+                        self.state.attempts[rollout.rollout_id, number].error = None
 
     async def _roll_by_size(self) -> None:
         try:
@@ -479,7 +494,8 @@ class ReplayStore:
         return {"rollout_id": rollout.rollout_id, "status": "queued"} | failures
 
     async def _expire(self) -> None:
-        """Attempts whose lease has run out fail as "lease_lost"."""
+        """Attempts whose lease has run out fail as "lease_lost"; as "store_restarted", which is not counted against the
+        rollout, where nobody was heard to hold it since this start: its worker may never have got our answer."""
         now = time.monotonic()
         if now < self.next_expiry:
             return
@@ -490,8 +506,13 @@ class ReplayStore:
         now = time.monotonic()
         overdue = [self.state.attempts[key] for key, expires in self.leases.items() if expires < now]
         self._change(
-            rollouts=[self._try_again(self.state.rollouts[attempt.rollout_id]) for attempt in overdue],
-            attempts=[_stopped(attempt, "lease_lost") for attempt in overdue],
+            rollouts=[
+                {"rollout_id": attempt.rollout_id, "status": "queued"}
+                if attempt.key in self.unheard
+                else self._try_again(self.state.rollouts[attempt.rollout_id])
+                for attempt in overdue
+            ],
+            attempts=[_stopped(a, "store_restarted" if a.key in self.unheard else "lease_lost") for a in overdue],
         )
 
     def _change(self, **event: list[dict[str, Any]]) -> None:
@@ -499,7 +520,8 @@ class ReplayStore:
         event = {table: rows for table, rows in event.items() if rows}
         if not event:
             return
-        self.log.append(STATE, to_json(event).encode())
+        with self._leaving_when_broken():
+            self.log.append(STATE, state_frame(event))
         self.state.apply(event)
         for row in event.get("attempts", []):
             key = (row["rollout_id"], row["attempt"])
@@ -521,8 +543,20 @@ class ReplayStore:
         async with self.committing:
             if log.durable < target:
                 size = log.size
-                await asyncio.to_thread(log.sync)
-                log.state_durable(size)
+                with self._leaving_when_broken():
+                    await asyncio.to_thread(log.sync)
+                    log.state_durable(size)
+
+    @contextlib.contextmanager
+    def _leaving_when_broken(self) -> Iterator[None]:
+        """Ends the process if the log takes nothing more: what is safe on disk, only a recovery can tell."""
+        try:
+            yield
+        except OSError as error:
+            if self.log.broken not in ("", CLOSED):
+                logger.critical("the store ends and has to be started again: %s", error)
+                self.leave(1)
+            raise
 
 
 def _lock(path: Path) -> int:
@@ -577,13 +611,3 @@ def _lacking(attempt: AttemptState, seal: Seal) -> str:
             if missing:
                 return f"{len(missing)} of {count} {table} of {source} are missing, the first is number {missing[0]}"
     return ""
-
-
-def _with_texts(directory: Path, key: StepKey, rollouts: pa.Table) -> pa.Table:
-    """`rollouts` with the `input` and `private` that memory has let go of, from their Parquet file."""
-    rows = rollouts.to_pylist()
-    if any(row["input"] is None for row in rows):
-        old = read_parquet(directory / state_name("rollouts", key), ["rollout_id", "input", "private"]).to_pylist()
-        texts = {row["rollout_id"]: row for row in old}
-        rows = [texts.get(row["rollout_id"], {}) | {n: v for n, v in row.items() if v is not None} for row in rows]
-    return pa.Table.from_pylist(rows, schema=SCHEMAS["rollouts"])

@@ -34,6 +34,8 @@ HEADER, DURABLE, END, STATE = 1, 2, 3, 4
 RECORDS = {"calls": 5, "spans": 6, "rewards": 7}
 KINDS = {HEADER: "header", DURABLE: "durable", END: "end", STATE: "state"} | {kind: t for t, kind in RECORDS.items()}
 
+CLOSED = "closed"  # why a segment takes nothing more: it was let go of, nothing is wrong with it
+
 _MAGIC = b"RGF1"
 _FRAME = struct.Struct("<4sIIII")
 _OFFSET = struct.Struct("<Q")
@@ -289,9 +291,10 @@ class Segment:
             while done < wanted:
                 done += os.write(self.fd, b"".join(parts)[done:])
         except OSError:
-            self.broken = "half a frame could not be taken back"
-            os.ftruncate(self.fd, self.size)
-            self.broken = ""
+            try:
+                os.ftruncate(self.fd, self.size)
+            except OSError:
+                self.broken = self.broken or "half a frame could not be taken back"
             raise
         self.size += wanted
         if kind != DURABLE:
@@ -322,11 +325,12 @@ class Segment:
         self.sync()
         self.durable = self.size
         self.close()
+        self.broken = "ended"
 
     def close(self) -> None:
-        if self.broken != "closed":
-            self.broken = "closed"
+        if self.fd >= 0:
             os.close(self.fd)
+        self.fd, self.broken = -1, CLOSED
 
     def _check(self) -> None:
         if self.broken:

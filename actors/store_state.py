@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from raygent.actors.segments import KINDS, RECORDS, STATE, Contents, Rolled, StoreDamaged, read_log, read_rolled
 from raygent.actors.store_tables import StepKey, check_files, read_records, read_states
-from raygent.records import ENDED, SCHEMAS
+from raygent.records import ENDED, SCHEMAS, to_batch, utf8
 
 AttemptKey = tuple[str, int]  # rollout id, number
 
@@ -76,7 +76,7 @@ class AttemptState:
     calls: int = 0
     spans: int = 0
     rewards: int = 0
-    error: str = ""
+    error: str | None = ""  # None: only in Parquet
     finished: float | None = None
     held: dict[str, list[pa.RecordBatch]] = field(default_factory=lambda: defaultdict(list))
     made: dict[str, set[tuple[str, int]]] = field(default_factory=dict)
@@ -169,7 +169,7 @@ class State:
         yield {"attempts": [attempt_row(attempt) for attempt in self.running.values()]}
 
     def rows(self, table: str, key: StepKey) -> pa.Table:
-        """The rows of `rollouts` or `attempts` of one step (null `input` and `private` where they are in Parquet alone)."""
+        """The rows of `rollouts` or `attempts` of one step (texts that are in Parquet alone are null)."""
         records: list[Any] = list(self.steps[key].values())
         if table == "attempts":
             records = [
@@ -178,8 +178,13 @@ class State:
                 for number in range(1, rollout.attempts + 1)
             ]
         schema = SCHEMAS[table]
-        columns = {name: [getattr(record, name) for record in records] for name in schema.names}
-        return pa.Table.from_pydict(columns, schema=schema)
+        rows = [{name: getattr(record, name) for name in schema.names} for record in records]
+        return pa.Table.from_batches([to_batch(schema, rows)])
+
+
+def state_frame(event: dict[str, list[dict[str, Any]]]) -> bytes:
+    """The payload of a STATE frame. Raises TypeError or ValueError for what JSON does not hold, nan and infinities too."""
+    return utf8(json.dumps(event, ensure_ascii=False, separators=(",", ":"), allow_nan=False)).encode()
 
 
 def attempt_row(attempt: AttemptState) -> dict[str, Any]:

@@ -25,6 +25,8 @@ from raygent.records import SCHEMAS
 
 StepKey = tuple[str, int]  # mode, step
 
+TEXTS = {"rollouts": ("input", "private"), "attempts": ("error",)}  # not kept in memory once they are in Parquet
+
 _TAIL = 8  # the footer's length (4 bytes) and the closing magic
 _CRC = 4
 
@@ -75,22 +77,31 @@ def _footer(raw: pa.Buffer) -> int:
 
 
 def write_states(directory: Path, table: str, key: StepKey, rows: pa.Table) -> None:
-    """Replace the file of `rows`; a rollout whose `input` and `private` are null keeps those of the old file."""
-    path = directory / state_name(table, key)
-    if table == "rollouts" and rows["input"].null_count:
-        old = read_parquet(path, ["rollout_id", "input", "private"])
-        place = pc.index_in(rows["rollout_id"], value_set=old["rollout_id"].combine_chunks())
-        for name in ("input", "private"):
-            text = pc.coalesce(rows[name].combine_chunks(), old[name].combine_chunks().take(place.combine_chunks()))
-            rows = rows.set_column(rows.schema.get_field_index(name), rows.schema.field(name), text)
-    write_parquet(path, rows)
+    """Replace the file of `rows`, which keeps its texts where theirs are null."""
+    write_parquet(directory / state_name(table, key), with_texts(directory, table, key, rows))
+
+
+def with_texts(directory: Path, table: str, key: StepKey, rows: pa.Table) -> pa.Table:
+    """`rows` of a step with the TEXTS that memory has let go of, which are null there, from their file."""
+    if any(rows[name].null_count for name in TEXTS[table]):
+        of = [name for name in ("rollout_id", "attempt") if name in rows.column_names]
+        old = read_parquet(directory / state_name(table, key), [*of, *TEXTS[table]]).to_pylist()
+        texts = {tuple(row[name] for name in of): row for row in old}
+        keys = list(zip(*(rows[name].to_pylist() for name in of), strict=True))
+        for name in TEXTS[table]:
+            held = zip(keys, rows[name].to_pylist(), strict=True)
+            whole = [texts[key][name] if text is None else text for key, text in held]
+            place = rows.schema.get_field_index(name)
+            rows = rows.set_column(place, rows.schema.field(place), pa.array(whole, rows.schema.field(place).type))
+    return rows
 
 
 def read_states(directory: Path, table: str, rolled: Rolled) -> Iterator[dict]:
-    """The rows of all steps, the texts of rollouts left out."""
-    columns = [name for name in SCHEMAS[table].names if name not in ("input", "private")]
+    """The rows of all steps, their texts left out."""
+    columns = [name for name in SCHEMAS[table].names if name not in TEXTS["rollouts"]]
     for path in record_files(directory, table, rolled):
-        yield from read_parquet(path, columns).to_pylist()
+        for row in read_parquet(path, columns).to_pylist():
+            yield row | {"error": None if row["error"] else ""} if table == "attempts" else row
 
 
 def record_files(directory: Path, table: str, rolled: Rolled, key: StepKey | None = None) -> list[Path]:

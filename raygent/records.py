@@ -7,7 +7,7 @@ Every table of the replay store has one of these schemas, in the log as in the P
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -255,12 +255,22 @@ SCHEMAS = {"rollouts": ROLLOUTS, "attempts": ATTEMPTS, "calls": CALLS, "spans": 
 
 def to_batch(schema: pa.Schema, records: list[Any]) -> pa.RecordBatch:
     """Dataclass records (or dicts) as one record batch of `schema`."""
-    rows = [record if isinstance(record, dict) else asdict(record) for record in records]
-    return pa.RecordBatch.from_pydict({name: [row[name] for row in rows] for name in schema.names}, schema=schema)
+    rows = [record if isinstance(record, dict) else vars(record) for record in records]
+    columns = {name: [utf8(row[name]) for row in rows] for name in schema.names}
+    return pa.RecordBatch.from_pydict(columns, schema=schema)
 
 
 def to_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+    """`value` as JSON; what is no JSON as its text, and `{"not_json": why}` for all of it where that cannot be."""
+    try:
+        return utf8(json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str))
+    except (TypeError, ValueError, RecursionError) as error:
+        return json.dumps({"not_json": f"{type(error).__name__}: {error}"})
+
+
+def utf8(value: Any) -> Any:
+    """A text with its lone surrogates, which UTF-8 has no bytes for, as JSON writes them: \\ud800. Else `value` itself."""
+    return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
 @dataclass

@@ -13,8 +13,8 @@ from raygent.actors.replay_store import ReplayStore
 from raygent.records import CALLS, REWARDS, SCHEMAS, Call, Lease, Mode, Reward, Rollout, Seal, to_batch
 
 
-def open_store(folder: Path, lease_s: float = 1000, max_attempts: int = 3) -> ReplayStore:
-    return ReplayStore(str(folder), lease_s, max_attempts)
+def open_store(folder: Path, lease_s: float = 1000, max_attempts: int = 3, **rest: Any) -> ReplayStore:
+    return ReplayStore(str(folder), lease_s, max_attempts, **rest)
 
 
 def crash(store: ReplayStore) -> None:

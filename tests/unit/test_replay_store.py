@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -16,7 +18,8 @@ from stores import call, calls, crash, open_store, rollout, rows_on_disk, run_at
 
 from raygent.actors import replay_store
 from raygent.actors.replay_store import AttemptSealed, ReplayStore
-from raygent.records import CALLS, REWARDS, SPANS, Reward, Seal, Span
+from raygent.actors.segments import STATE
+from raygent.records import CALLS, REWARDS, SPANS, Reward, Seal, Span, to_batch, to_json
 
 
 def keys(leases) -> list[tuple[str, int]]:
@@ -222,6 +225,35 @@ async def test_rewind_queues_the_running_rollouts_of_its_step_again(tmp_path):
     assert (await store.status())["succeeded"] == 1
 
 
+async def test_rewind_lets_what_was_lost_in_its_step_be_asked_again(tmp_path):
+    store = open_store(tmp_path, max_attempts=1)
+    asked = [rollout(0), rollout(2, step=1), rollout(4, step=1)]
+    await store.add_rollouts(asked)
+    for lease in await store.lease("w", 9):
+        await run_attempt(store, lease, outcome="succeeded" if lease.rollout.index else "engine_lost")
+    await store.roll()  # its texts are in Parquet alone now
+    await store.rewind(1)
+    await store.rewind(1)
+    assert await store.add_rollouts(asked) == 2  # r0, of a step that is done, stays lost
+    leases = await store.lease("w", 9)
+    assert keys(leases) == [("r2", 2), ("r4", 2)] and leases[0].rollout == asked[1]
+    assert [await run_attempt(store, lease) for lease in leases] == ["won", "won"]
+
+
+async def test_a_lease_that_nobody_held_since_the_store_restarted_costs_no_attempt(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0), rollout(2)])
+    await store.lease("w", 2)
+    for held in (2, 3):
+        crash(store)
+        store = open_store(tmp_path, lease_s=0.05, max_attempts=1)
+        await store.heartbeat("w", [("r2", 1)])
+        await asyncio.sleep(0.1)
+        assert keys(await store.lease("w", 9)) == [("r0", held)]
+    told = {"attempts_store_restarted": 2, "attempts_lease_lost": 1, "lost": 1, "running": 1}
+    assert told.items() <= (await store.status()).items()
+
+
 async def test_status_counts_what_there_is(tmp_path):
     store = open_store(tmp_path)
     await store.add_rollouts([rollout(n) for n in range(6)])
@@ -311,6 +343,47 @@ async def test_records_of_several_sources_are_numbered_as_they_come(tmp_path):
         assert found == [(0, "b", 1), (1, "a", 0), (2, "a", 1), (3, "b", 0)]
 
 
+async def test_a_text_that_utf8_cannot_say_is_kept_as_json_writes_it(tmp_path):
+    """A lone surrogate, as models and broken files make them."""
+    store = open_store(tmp_path)
+    task = {"q": "\ud800", "\udfff": "ä"}
+    await store.add_rollouts([replace(rollout(0), task_id="t\ud800", input=task)])
+    (lease,) = await store.lease("w", 1)
+    assert lease.rollout.input == task
+    attributes = to_json({"said": "\ud800", "deep": "\\\ud800"})
+    assert json.loads(attributes) == {"said": "\ud800", "deep": "\\\ud800"}
+    records = {
+        "calls": to_batch(CALLS, [call("r0", 1, 0, text='"\ud800"')]),
+        "spans": to_batch(SPANS, [Span("r0", 1, "w", 0, "note", "n\ud800", attributes, 0.0, 1.0)]),
+    }
+    assert await store.seal(Seal("r0", 1, "w", "agent_error", 0.0, {"engine": 1}, error="no \ud800"), records) == "won"
+    async for now in now_and_reopened(store, tmp_path):
+        tables = await taken(now)
+        assert tables["rollouts"][0]["task_id"] == r"t\ud800" and json.loads(tables["rollouts"][0]["input"]) == task
+        assert tables["attempts"][0]["error"] == r"no \ud800" and tables["calls"][0]["request"] == r'"\ud800"'
+    (span,) = rows_on_disk(tmp_path, "spans")
+    assert (span["name"], span["attributes"]) == (r"n\ud800", attributes)
+
+
+@pytest.mark.parametrize("value", [[[]], {(1, 2): 3}, 10**5000], ids=["deep", "key", "huge"])
+def test_what_cannot_be_json_is_recorded_as_such(value):
+    for _ in range(3000 if value == [[]] else 0):
+        value = [value]
+    assert list(json.loads(to_json({"value": value}))) == ["not_json"]
+
+
+async def test_a_change_that_is_no_json_is_refused_and_changes_nothing(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0)])
+    (lease,) = await store.lease("w", 1)
+    before = await store.status()
+    for reward in (float("nan"), Path("1.0")):
+        with pytest.raises((TypeError, ValueError)):
+            await store.seal(Seal("r0", 1, "w", "succeeded", reward))  # type: ignore[arg-type]
+        assert await store.status() == before
+    assert await run_attempt(store, lease) == "won"
+
+
 # disk
 
 
@@ -336,6 +409,25 @@ async def test_rolling_keeps_every_row_and_goes_on(tmp_path):
     assert len((await taken(store, 1))["calls"]) == 4
     assert keys(await store.lease("w", 9)) == [("r4", 1), ("r5", 1)]
     assert len(list((tmp_path / "log").glob("*.log"))) == 1
+
+
+async def test_memory_lets_go_of_texts_once_they_are_in_parquet(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(n) for n in range(4)])
+    for lease in await store.lease("w", 3):
+        outcome = "engine_lost" if lease.rollout.rollout_id == "r2" else "timeout"
+        seal = Seal(lease.rollout.rollout_id, 1, "w", outcome, None, error=f"why {lease.rollout.rollout_id}")
+        await store.seal(seal)
+    async for now in now_and_reopened(store, tmp_path):
+        assert [row["error"] for row in (await taken(now))["attempts"]] == ["why r0", "why r1"]
+        await now.mark_trained(0, ["r0"])  # so that its step is written anew
+    assert [row["error"] for row in rows_on_disk(tmp_path, "attempts")] == ["why r0", "why r1", "why r2"]
+    assert {attempt.error for attempt in now.state.attempts.values()} == {None}
+    await now.mark_trained(1, ["r0"])
+    await now.seal(Seal((await now.lease("w", 1))[0].rollout.rollout_id, 2, "w", "succeeded", 1.0, error="again"))
+    await now.close()
+    assert {attempt.error for attempt in now.state.attempts.values()} == {None}
+    assert [row["error"] for row in rows_on_disk(tmp_path, "attempts")] == ["why r0", "why r1", "why r2", "again"]
 
 
 async def test_records_of_an_attempt_that_lost_its_lease_between_rolls_are_all_there(tmp_path):
@@ -450,7 +542,8 @@ async def test_a_full_disk_is_told_and_changes_nothing(tmp_path):
 
 
 async def test_nothing_is_acknowledged_after_a_failed_fsync(tmp_path):
-    store = open_store(tmp_path)
+    left: list[int] = []
+    store = open_store(tmp_path, leave=left.append)
     await store.add_rollouts([rollout(n) for n in range(4)])
     *_, last = await store.lease("w", 4)
     await run_attempt(store, last)
@@ -460,6 +553,7 @@ async def test_nothing_is_acknowledged_after_a_failed_fsync(tmp_path):
     seals = [Seal(name, 1, "w", "succeeded", 1.0) for name in ("r1", "r2")]
     answers = await asyncio.gather(*map(store.seal, seals), return_exceptions=True)
     assert [type(answer) for answer in answers] == [OSError, OSError]
+    assert left == [1, 1]
     os.dup2(unsynced, store.log.fd)  # a second fsync would succeed, and prove nothing
     asked = [store.seal(seals[0]), store.append("calls", calls("r0", 1, 0)), store.take(0, "train"), store.roll()]
     for asking in [*asked, store.wait(0, "train", 0)]:
@@ -473,14 +567,36 @@ async def test_nothing_is_acknowledged_after_a_failed_fsync(tmp_path):
         os.close(descriptor)
 
 
-async def test_a_half_frame_that_cannot_be_taken_back_is_never_written_behind(tmp_path):
+@pytest.mark.parametrize("fails", ["fdatasync", "rename"])
+async def test_a_roll_that_breaks_the_log_ends_the_process(tmp_path, monkeypatch, fails):
+    left: list[int] = []
+    store = open_store(tmp_path, leave=left.append)
+    await store.add_rollouts([rollout(0)])
+
+    def fail(*_: Any) -> None:
+        raise OSError(fails)
+
+    monkeypatch.setattr(os, fails, fail)
+    with pytest.raises(OSError, match=fails):
+        await store.roll()
+    monkeypatch.undo()
+    assert left == [1]
+    crash(store)
     store = open_store(tmp_path)
+    assert keys(await store.lease("w", 1)) == [("r0", 1)]
+    await store.close()
+
+
+async def test_a_half_frame_that_cannot_be_taken_back_is_never_written_behind(tmp_path):
+    left: list[int] = []
+    store = open_store(tmp_path, leave=left.append)
     await store.add_rollouts([rollout(0)])
     await store.lease("w", 1)
     kept, full = os.dup(store.log.fd), os.open("/dev/full", os.O_WRONLY)  # no space, and no truncate
     os.dup2(full, store.log.fd)
     with pytest.raises(OSError):
         await store.append("calls", calls("r0", 1, 0))
+    assert left == [1]
     os.dup2(kept, store.log.fd)
     with pytest.raises(OSError, match="half a frame"):
         await store.append("calls", calls("r0", 1, 0))
@@ -490,6 +606,26 @@ async def test_a_half_frame_that_cannot_be_taken_back_is_never_written_behind(tm
     assert await store.seal(Seal("r0", 1, "w", "succeeded", 1.0, {"engine": 1})) == "won"
     for descriptor in (kept, full):
         os.close(descriptor)
+
+
+async def test_an_append_that_fails_does_not_hide_that_an_fsync_failed(tmp_path, monkeypatch):
+    log = open_store(tmp_path).log
+
+    def fail(*_: Any) -> None:
+        raise OSError("no")
+
+    def fail_beside_a_sync(*_: Any) -> None:
+        with pytest.raises(OSError, match="no"):
+            log.sync()
+        fail()
+
+    monkeypatch.setattr(os, "fdatasync", fail)
+    monkeypatch.setattr(os, "writev", fail_beside_a_sync)
+    with pytest.raises(OSError, match="no"):
+        log.append(STATE, b"{}")
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="fsync failed"):
+        log.append(STATE, b"{}")
 
 
 async def test_one_process_has_the_store(tmp_path, monkeypatch):

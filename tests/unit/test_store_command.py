@@ -13,6 +13,7 @@ from stores import calls, crash, open_store, rollout, run_attempt
 
 from raygent.actors.store_tables import read_parquet, write_parquet
 from raygent.cli import main
+from raygent.jobs import store as store_job
 from raygent.jobs.store import verify
 from raygent.records import ENDED, INFRASTRUCTURE, OUTCOMES, SCHEMAS, SPANS, Span, to_batch
 
@@ -113,6 +114,22 @@ async def test_a_store_that_works_and_rolls_meanwhile_is_whole_at_every_look(tmp
         looks += 1
     await working
     assert looks > 3 and verify(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "looks, code, said",
+    [
+        ([["passing"], []], 0, "whole"),
+        ([["passing"], ["real"], ["real", "passing"]], 1, "damaged: real\n4 rows: damaged"),
+        ([["1"], ["2"], ["3"], ["4"], ["5"]], 1, "unsure: 5\n4 rows: each of 5 looks found something else"),
+    ],
+    ids=["passing", "real", "restless"],
+)
+def test_a_fault_is_what_two_looks_agree_on(tmp_path, capsys, monkeypatch, looks, code, said):
+    left = iter(looks)
+    monkeypatch.setattr(store_job, "_look", lambda folder: (next(left), "4 rows"))
+    assert verify(tmp_path) == code
+    assert said in capsys.readouterr().out and not list(left)
 
 
 async def closed_run(run: Path) -> None:

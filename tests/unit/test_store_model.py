@@ -33,8 +33,10 @@ class ModelAttempt:
     number: int
     outcome: str = ""
     sealed: bool = False
+    unheard: bool = False  # since the store was opened again
     won: bool = False
     late: bool = False
+    error: str = ""
     records: dict[str, list[Source]] = field(default_factory=lambda: {"calls": [], "spans": [], "rewards": []})
 
     @property
@@ -178,7 +180,9 @@ class StoreMachine(RuleBasedStateMachine):
             for source, count in counts.items()
             for number in range(count)
         )
-        seal = Seal(attempt.rollout_id, attempt.number, "w", outcome, reward, finished=1.0, **stated)
+        if not attempt.sealed:
+            attempt.error = "why"
+        seal = Seal(attempt.rollout_id, attempt.number, "w", outcome, reward, error="why", finished=1.0, **stated)
         assert self.ask(self.store.seal(seal)) == of.seal(attempt, outcome, reward, complete)
 
     @rule(numbers=rollouts)
@@ -186,8 +190,11 @@ class StoreMachine(RuleBasedStateMachine):
         for of in self.known(numbers):
             for attempt in of.running:
                 self.store.leases[attempt.rollout_id, attempt.number] = self.store.next_expiry = 0
-                attempt.outcome = "lease_lost"
-                of.try_again()
+                attempt.outcome = "store_restarted" if attempt.unheard else "lease_lost"
+                if attempt.unheard:
+                    of.status = "queued"
+                else:
+                    of.try_again()
         late, replay_store.LATE_HEARTBEATS_S = replay_store.LATE_HEARTBEATS_S, 0
         assert self.ask(self.store.wait(9, "train", 0)) == 0
         replay_store.LATE_HEARTBEATS_S = late
@@ -207,7 +214,8 @@ class StoreMachine(RuleBasedStateMachine):
         for of in self.model.values():
             if of.trained >= step:
                 of.trained = -1
-            if of.rollout.step > step and of.outcome != "rewound":
+            again = of.rollout.step > step or (of.rollout.step == step and of.status == "lost")
+            if again and of.outcome != "rewound":
                 of.status, of.outcome, of.reward, of.winner = "dropped", "rewound", None, 0
                 of.stop("cancelled")
                 for attempt in of.attempts:
@@ -230,6 +238,12 @@ class StoreMachine(RuleBasedStateMachine):
         held = {(attempt.rollout_id, attempt.number) for of in self.model.values() for attempt in of.running}
         lost = self.ask(self.store.heartbeat("w", attempts))
         assert set(lost) == set(attempts) - held
+        self.unheard(False)
+
+    def unheard(self, now: bool) -> None:
+        for of in self.model.values():
+            for attempt in of.running:
+                attempt.unheard = now
 
     @rule()
     def roll(self) -> None:
@@ -251,6 +265,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.rolled()
         crash(self.store)
         self.store = open_store(self.folder)
+        self.unheard(True)
 
     @rule()
     def close_and_open(self) -> None:
@@ -258,6 +273,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.ask(self.store.close())
         self.compare_with_disk()
         self.store = open_store(self.folder)
+        self.unheard(True)
 
     @rule()
     def take(self) -> None:
@@ -268,7 +284,8 @@ class StoreMachine(RuleBasedStateMachine):
             assert {row["rollout_id"]: row["status"] for row in tables["rollouts"]} == ended
             won = [of.attempts[of.winner - 1] for of in of_step if of.status in ("succeeded", "failed")]
             won.sort(key=lambda attempt: attempt.rollout_id)
-            assert [row["rollout_id"] for row in tables["attempts"]] == [attempt.rollout_id for attempt in won]
+            told = [(row["rollout_id"], row["error"]) for row in tables["attempts"]]
+            assert told == [(attempt.rollout_id, attempt.error) for attempt in won]
             for table in ("calls", "rewards"):
                 assert list(map(record, tables[table])) == records(won, table)
 
@@ -305,6 +322,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert [tuple(row[n] for n in names) for row in rows_on_disk(self.folder, "attempts")] == [
             (a.rollout_id, a.number, a.outcome, a.won, a.late, *map(len, a.records.values())) for a in attempts
         ]
+        errors = [row["error"].partition(";")[0] for row in rows_on_disk(self.folder, "attempts")]
+        assert errors == [a.error for a in attempts]
         # The records of what runs still stand in the log alone.
         for table in ("calls", "spans", "rewards"):
             ended = [attempt for attempt in attempts if attempt.outcome]

@@ -23,9 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import stores
 from stores import call, calls, crash, open_store, rollout, rows_on_disk, run_attempt, taken
 
+from raygent.actors.replay_store import ReplayStore
 from raygent.actors.segments import StoreDamaged, read_log, read_rolled, read_segment
 from raygent.actors.store_tables import read_parquet
 from raygent.records import CALLS, SCHEMAS, Seal, to_batch
@@ -400,6 +402,27 @@ def test_kills_under_load_lose_and_double_no_acknowledgement(tmp_path):
 @pytest.mark.slow
 def test_many_kills_under_load_lose_and_double_no_acknowledgement(tmp_path):
     kill_under_load(tmp_path, rounds=300, seed=2)
+
+
+def test_a_store_whose_fsync_failed_is_started_anew_and_nobody_notices(cluster, tmp_path):
+    def fail_next_sync(store: ReplayStore) -> int:
+        real = os.fdatasync
+
+        def fail(descriptor: int) -> None:
+            os.fdatasync = real
+            raise OSError("no")
+
+        os.fdatasync = fail
+        return os.getpid()
+
+    actor: Any = ray.remote(ReplayStore)
+    store = actor.options(max_restarts=-1, max_task_retries=-1, num_cpus=0).remote(str(tmp_path), 60, 3)
+    failing = ray.get(store.__ray_call__.remote(fail_next_sync))
+    ray.get(store.add_rollouts.remote([rollout(0)]))
+    assert ray.get(store.__ray_call__.remote(fail_next_sync)) != failing
+    ray.get(store.mark_trained.remote(0, ["r0"]))
+    assert ray.get(store.status.remote())["trained"] == 1
+    ray.kill(store)
 
 
 @pytest.mark.slow
