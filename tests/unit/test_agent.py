@@ -88,7 +88,14 @@ def test_parameters_by_name_and_by_place():
     assert call(lambda *all_of_it: all_of_it) == ("T", "M")
     graded = ("I", "P", "O")
     assert call(lambda output, private: (output, private), GRADER_OFFERS, graded) == ("O", "P")
-    assert call(lambda a, b, c: (a, b, c), GRADER_OFFERS, graded) == graded
+    assert call(lambda *all_of_it: all_of_it, GRADER_OFFERS, graded) == graded
+    for unlike in (lambda output, expected: 0, lambda predicted, gold, question: 0, lambda a, b, c: 0):
+        with pytest.raises(ConfigError, match=r"it is called with \(input, private, output\)"):
+            arguments(unlike, GRADER_OFFERS, graded, "grader.run")
+    with pytest.raises(ConfigError, match=r"takes \(llm, task\)"):
+        arguments(lambda llm, task: None, AGENT_OFFERS, (1, 2), "agent.run")
+    with pytest.raises(ConfigError, match=r"grader\.run: its parameters are not to be seen"):
+        arguments(max, GRADER_OFFERS, graded, "grader.run")
     with pytest.raises(ConfigError, match=r"agent\.run: takes \(a, b, c\); it is called with \(task, model\)"):
         arguments(lambda a, b, c: None, AGENT_OFFERS, (1, 2), "agent.run")
 
