@@ -81,12 +81,16 @@ class Parts:
         ray.get(self.store.rewind.remote(self.step))
         start_keeper(config, app_name(config), store_name, NAMESPACE)
         self.learners = LearnerGroup(config) if self.learn_too else None
-        model = str(checkpoint.path) if checkpoint else config.model.path
+        pushed = checkpoint is not None and self.learn_too  # a replica replaced later would miss a deleted checkpoint
+        model = str(checkpoint.path) if checkpoint and not pushed else config.model.path
+        version = None if pushed else self.version
         with self.clock("start"), ThreadPoolExecutor(2) as pool:
-            engine = pool.submit(start_app, config, secret, store_name, NAMESPACE, self.version, model)
+            engine = pool.submit(start_app, config, secret, store_name, NAMESPACE, version, model)
             if self.learners:
                 pool.submit(self.learners.start, checkpoint).result()
             self.engine = engine.result()
+            if pushed:
+                self.push()
         self.pool = WorkerPool(config, self.store, self.engine, secret)
         self.pool.start()
         return self
@@ -139,8 +143,11 @@ class Parts:
     def heal(self) -> None:
         """A replica that was replaced reports an old version and takes no traffic: it gets the weights in force."""
         try:
-            if self.learners and any(replica["version"] != self.version for replica in self.engine.status()):
-                self.learners.push(self.engine, self.version)
+            if any(replica["version"] != self.version for replica in self.engine.status()):
+                if self.learners:
+                    self.learners.push(self.engine, self.version)
+                else:
+                    self.engine.adopt(self.version)
         except EngineUnavailable as error:  # it is being replaced: seen to next time
             logger.warning("%s", error)
 
