@@ -32,6 +32,8 @@ def test_data_order_covers_each_epoch_and_depends_on_seed_and_step_alone(config)
 def test_eval_runs_each_task(config):
     rollouts = eval_rollouts(config, [Task("a", 1), Task("b", 2)], 5, 9)
     assert [(rollout.task_id, rollout.resource_version) for rollout in rollouts] == [("a", 9), ("b", 9)]
+    edited = eval_rollouts(config, [Task("a", 1), Task("b", 2, "gold")], 5, 9)
+    assert [one.rollout_id == two.rollout_id for one, two in zip(rollouts, edited, strict=True)] == [True, False]
 
 
 def test_admission_is_bounded_by_staleness_and_the_last_step(config):
