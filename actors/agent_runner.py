@@ -101,8 +101,14 @@ class AgentRunner:
         self.abandoned = [thread for thread in self.abandoned if thread.is_alive()]
         return self.stuck or len(self.abandoned) >= most
 
-    async def on_agents_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+    async def on_agents_loop(self, coroutine: Coroutine[Any, Any, Any], limit_s: float) -> Any:
+        """Raises TimeoutError over `limit_s`, which is past the coroutine's own: something blocks the loop."""
+        running = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+        try:
+            return await asyncio.wait_for(running, limit_s + 2 * CANCEL_S)
+        except TimeoutError:
+            self.stuck = True
+            raise
 
     async def run(self, task_input: Any, endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
         """Run the agent to its end or its time limit. Cancelled, it stops the agent."""
@@ -136,11 +142,9 @@ class AgentRunner:
             await asyncio.wait({task}, timeout=CANCEL_S)
             return self._timeout()
 
-        ours = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(limited(), self.loop))
         try:
-            return await asyncio.wait_for(ours, self.config.agent.timeout_s + 2 * CANCEL_S)
+            return await self.on_agents_loop(limited(), self.config.agent.timeout_s)
         except TimeoutError:
-            self.stuck = True
             return self._timeout(
                 "; an async agent blocked the event loop that all of them share: await, or make it sync"
             )

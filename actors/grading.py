@@ -105,7 +105,12 @@ class Grader:
                     if self.started == self.most:
                         continue
                     self.started += 1
-                return GraderProcess(self.config)
+                try:
+                    return GraderProcess(self.config)
+                except OSError:  # no process can be started: its place is free again
+                    with self.lock:
+                        self.started -= 1
+                    raise
 
     def close(self) -> None:
         """Ends the idle processes; the others end with this process."""

@@ -20,7 +20,7 @@ from ray.exceptions import RayActorError
 from raygent.actors.agent_runner import TEXT, AgentRunner, Ended, Recorder
 from raygent.actors.engine_handle import EngineUnavailable
 from raygent.actors.gateway import mint_key
-from raygent.actors.grading import Grader, GraderError
+from raygent.actors.grading import Grader, GraderError, timed_out
 from raygent.actors.outcomes import NO_CALL, engine_failed, outcome_of
 from raygent.agent import ModelEndpoint, Verdict, plain, read_verdict
 from raygent.config import Config
@@ -192,8 +192,15 @@ class RolloutWorker:
 
     async def _grade(self, grader: Grader, lease: Lease, output: Any) -> Verdict:
         call = grader.grade(lease.rollout.input, lease.rollout.private, output)
-        graded = await (self.runner.on_agents_loop(call) if grader.is_async else call)
-        return graded.verdict
+        if not grader.is_async:
+            return (await call).verdict
+        try:
+            return (await self.runner.on_agents_loop(call, self.config.grader.timeout_s)).verdict
+        except TimeoutError:
+            raise GraderError(
+                f"grader.run = {self.config.grader.run}: {timed_out(self.config)}; it, or an async agent, blocked the "
+                "event loop that all of them share: await, or make it sync"
+            ) from None
 
     async def _wait_for_engine(self, lease: Lease) -> None:
         """Hold the lease until the engine is there again: retried sooner, the rollout would use up its attempts at once.

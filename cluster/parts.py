@@ -152,14 +152,20 @@ class Parts:
             logger.warning("%s", error)
 
     def gate(self, samples: list[Sample]) -> None:
-        """Once after every start: engine and learner must agree on what the batch's tokens cost. Raises GateError."""
-        if self.gated or not samples:
+        """Once after every start: engine and learner must agree on what the batch's tokens cost. Raises GateError.
+
+        Tokens sampled from older weights tell nothing: without others the next batch is the first.
+        """
+        current = [sample.loss_mask & (sample.policy_versions == self.version) for sample in samples]
+        tokens = sum(int(mask.sum()) for mask in current)
+        if self.gated or not tokens:
             return
         assert self.learners
         learned = self.learners.logprobs(samples)
-        gaps = [abs(sample.logprobs - ours)[sample.loss_mask] for sample, ours in zip(samples, learned, strict=True)]
-        tokens = sum(len(gap) for gap in gaps)
-        mean = float(sum(gap.sum() for gap in gaps)) / max(tokens, 1)
+        gaps = [
+            abs(sample.logprobs - ours)[mask] for sample, ours, mask in zip(samples, learned, current, strict=True)
+        ]
+        mean = float(sum(gap.sum() for gap in gaps)) / tokens
         worst = max((float(gap.max()) for gap in gaps if len(gap)), default=0.0)
         print(
             f"start gate: |engine - learner| logprob over {tokens} tokens: mean {mean:.2e}, max {worst:.2e}", flush=True

@@ -5,12 +5,15 @@ import contextvars
 import json
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
 import raygent
+from raygent.actors import agent_runner
 from raygent.actors.agent_runner import AgentRunner, Recorder
 from raygent.actors.grading import Grader, GraderError, grade_once
+from raygent.actors.rollout_worker import RolloutWorker
 from raygent.agent import (
     AGENT_OFFERS,
     GRADER_OFFERS,
@@ -23,6 +26,7 @@ from raygent.agent import (
 )
 from raygent.config import Config, ConfigError
 from raygent.emit import sink
+from raygent.records import Lease, Rollout
 
 ENDPOINT = ModelEndpoint("http://127.0.0.1:1/app/a/rg-key.sig/v1", "rg-key.sig")
 
@@ -256,6 +260,7 @@ def hangs(private, output):
         os.system("sleep 7331")
     return 1
 async def hangs_in_task(private, output): await asyncio.sleep(60)
+async def blocks(private, output): time.sleep(4)
 def process(private, output): return os.getpid()
 """
 
@@ -281,6 +286,17 @@ def test_graders(tmp_path):
     for name in ("hangs", "hangs_in_task"):
         with pytest.raises(GraderError, match=r"grader\.timeout_s = 1 s"):
             grade(name, private="hang")
+
+
+def test_an_async_grader_that_blocks_the_loop_is_told(tmp_path, monkeypatch):
+    (tmp_path / "graders_of_test.py").write_text(GRADERS)
+    monkeypatch.setattr(agent_runner, "CANCEL_S", 0.1)
+    config = config_of(tmp_path, "graders_of_test.py:blocks", "graders_of_test.py:blocks")
+    worker = SimpleNamespace(config=config, runner=AgentRunner(config))
+    lease = Lease(Rollout("r", "1", "g", "train", 0, 0, "question", "gold"), 1, 0.0)
+    with pytest.raises(GraderError, match=r"graders_of_test.py:blocks: .*grader\.timeout_s = 1 s; .*blocked the event"):
+        asyncio.run(RolloutWorker._grade(worker, Grader(config, 1), lease, "answer"))
+    assert worker.runner.worn(100)
 
 
 def test_hung_graders_are_killed_and_hold_up_nobody(tmp_path, processes_of):
