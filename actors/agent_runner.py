@@ -258,7 +258,7 @@ def keep_event(event: dict[str, Any], recorder: Recorder) -> None:
             checked = {"attributes": fields["attributes"]}
             texts, times = ["kind", "name"], ["started", "finished"]
         checked |= {key: str(fields[key]) for key in texts} | {key: float(fields[key]) for key in times}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         recorder.note("malformed event", kind="exception", error=str(error))
         return
     recorder(table, checked)

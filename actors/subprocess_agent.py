@@ -146,7 +146,7 @@ def read_events(written: bytes) -> list[dict[str, Any]]:
     for line in written.split(b"\n")[:-1]:
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # not ours: the file is the agent's to write to
         if isinstance(event, dict) and event.get("table") in ("rewards", "spans", "result"):
             events.append(event)
@@ -160,7 +160,7 @@ def last_line(stdout: str) -> Any:
         return None
     try:
         return json.loads(lines[-1])
-    except ValueError:
+    except (ValueError, RecursionError):
         return lines[-1]
 
 

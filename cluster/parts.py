@@ -162,9 +162,7 @@ class Parts:
             return
         assert self.learners
         learned = self.learners.logprobs(samples)
-        gaps = [
-            abs(sample.logprobs - ours)[mask] for sample, ours, mask in zip(samples, learned, current, strict=True)
-        ]
+        gaps = [abs(sample.logprobs - ours)[mask] for sample, ours, mask in zip(samples, learned, current, strict=True)]
         mean = float(sum(gap.sum() for gap in gaps)) / tokens
         worst = max((float(gap.max()) for gap in gaps if len(gap)), default=0.0)
         print(

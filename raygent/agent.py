@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from raygent.config import ConfigError
-from raygent.emit import finite
+from raygent.emit import finite, scalar
 
 POLICY = "policy"  # the model name under which the engine serves the policy
 
@@ -137,10 +137,12 @@ def read_verdict(value: Any, who: str) -> Verdict | None:
 
     True and False are 1 and 0. Raises ValueError or TypeError for a reward that is no finite number.
     """
+    value = scalar(value)
     if isinstance(value, numbers.Real):
         return Verdict(finite(value, f"the reward {who} gave"), {})
     if isinstance(value, dict) and "reward" in value:
-        parts = {str(name): part for name, part in value.items() if name != "reward" and isinstance(part, numbers.Real)}
+        parts = {str(name): scalar(part) for name, part in value.items() if name != "reward"}
+        parts = {name: part for name, part in parts.items() if isinstance(part, numbers.Real)}
         reward = finite(value["reward"], f"the reward {who} gave")
         return Verdict(reward, {name: finite(part, f"component {name!r} {who} gave") for name, part in parts.items()})
     return None
@@ -148,4 +150,7 @@ def read_verdict(value: Any, who: str) -> Verdict | None:
 
 def plain(value: Any) -> Any:
     """`value` as JSON has it (tuples become lists). Raises TypeError or ValueError where it is nothing of the kind."""
-    return json.loads(json.dumps(value))
+    try:
+        return json.loads(json.dumps(value))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error

@@ -2,11 +2,13 @@
 
 import asyncio
 import contextvars
+import functools
 import json
 import threading
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import raygent
@@ -14,6 +16,7 @@ from raygent.actors import agent_runner
 from raygent.actors.agent_runner import AgentRunner, Recorder
 from raygent.actors.grading import Grader, GraderError, grade_once
 from raygent.actors.rollout_worker import RolloutWorker
+from raygent.actors.subprocess_agent import read_events
 from raygent.agent import (
     AGENT_OFFERS,
     GRADER_OFFERS,
@@ -25,7 +28,7 @@ from raygent.agent import (
     read_verdict,
 )
 from raygent.config import Config, ConfigError
-from raygent.emit import sink
+from raygent.emit import EVENTS_FILE, sink
 from raygent.records import Lease, Rollout
 
 ENDPOINT = ModelEndpoint("http://127.0.0.1:1/app/a/rg-key.sig/v1", "rg-key.sig")
@@ -104,6 +107,9 @@ def test_parameters_by_name_and_by_place():
         arguments(lambda a, b, c: None, AGENT_OFFERS, (1, 2), "agent.run")
 
 
+DEEP = functools.reduce(lambda inner, _: [inner], range(3000), [])
+
+
 def test_verdicts():
     assert read_verdict(True, "the agent").value == 1.0
     assert read_verdict(False, "the agent").value == 0.0
@@ -118,6 +124,13 @@ def test_verdicts():
             read_verdict(wrong, "the agent")
     with pytest.raises(TypeError, match="not str"):
         read_verdict({"reward": "high"}, "the agent")
+    assert read_verdict(np.bool_(True), "the grader").value == 1.0
+    scored = read_verdict({"reward": np.float32(0.5), "rows": np.int64(2), "right": np.array(True)}, "the grader")
+    assert (scored.value, scored.components) == (0.5, {"rows": 2.0, "right": 1.0})
+    with pytest.raises(ValueError, match="finite"):
+        read_verdict(10**400, "the agent")
+    with pytest.raises(ValueError, match="nested"):
+        plain(DEEP)
     assert plain({"rows": [(1, "a")]}) == {"rows": [[1, "a"]]}
     with pytest.raises(TypeError):
         plain({1, 2})
@@ -131,6 +144,18 @@ def test_emitting_outside_a_run_does_nothing_but_check():
         raygent.emit_reward(float("nan"))
     with pytest.raises(TypeError, match="not str"):
         raygent.emit_reward("1")
+
+
+def test_what_a_process_emits_is_read_back_whatever_it_is(tmp_path, monkeypatch):
+    file = tmp_path / "events.jsonl"
+    file.touch()
+    monkeypatch.setenv(EVENTS_FILE, str(file))
+    for told in ("half \ud800", 10**5000, DEEP):
+        with raygent.span("told", what=told):
+            pass
+    first, *others = [event["attributes"] for event in read_events(file.read_bytes())]
+    assert first == {"what": "half \ud800"}
+    assert [other["not_json"].partition(":")[0] for other in others] == ["ValueError", "RecursionError"]
 
 
 def test_emitted_records_of_tasks_threads_and_decorators():
