@@ -25,6 +25,7 @@ from raygent.emit import EVENTS_FILE
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 OURS = ("RAY_", "RAYGENT_", "SERVE_", "VLLM_", "WANDB_")  # variables that no agent's process is to see
 KEPT_BYTES = 1 << 20  # of stdout and of stderr each, from the end
+TASK_BYTES = (128 << 10) - len("RAYGENT_TASK=") - 1  # Linux starts no process with a longer variable
 EVENTS_BYTES = 16 << 20  # of emitted rewards and spans
 
 
@@ -89,12 +90,16 @@ def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, 
         "ANTHROPIC_BASE_URL": endpoint.anthropic_base_url,
         "ANTHROPIC_API_KEY": endpoint.api_key,
         "RAYGENT_MODEL": endpoint.model,
-        "RAYGENT_TASK": json.dumps(task_input, ensure_ascii=False),
+        "RAYGENT_TASK": task_variable(task_input),
         EVENTS_FILE: events,
     }
     if config.agent.run is not None:
         added["RAYGENT_AGENT"] = config.agent.run
     return scrubbed_environment(config) | added
+
+
+def task_variable(task_input: Any) -> str:
+    return json.dumps(task_input, ensure_ascii=False)
 
 
 def run_command(
