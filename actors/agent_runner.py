@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raygent.actors.subprocess_agent import CommandEnd, Supervised, last_line, run_command, stdout_span
-from raygent.agent import AGENT_OFFERS, ModelEndpoint, arguments, is_async, load_callable
+from raygent.agent import AGENT_OFFERS, ModelEndpoint, arguments, awaited, is_async, load_callable
 from raygent.config import Config
 from raygent.emit import finite, sink
 from raygent.records import Reward, Span, to_json
@@ -153,7 +153,7 @@ class AgentRunner:
         def call() -> Any:
             sink.set(recorder)
             value = agent(*positional, **named)
-            return asyncio.run(_await(value)) if inspect.isawaitable(value) else value
+            return asyncio.run(awaited(value)) if inspect.isawaitable(value) else value
 
         thread, future = in_thread(call)
         waiting = asyncio.wrap_future(future)
@@ -262,7 +262,3 @@ def keep_event(event: dict[str, Any], recorder: Recorder) -> None:
         recorder.note("malformed event", kind="exception", error=str(error))
         return
     recorder(table, checked)
-
-
-async def _await(value: Any) -> Any:
-    return await value

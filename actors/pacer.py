@@ -26,7 +26,7 @@ class Versions:
     def __init__(self, run_directory: Path) -> None:
         self.file = run_directory / "versions.jsonl"
         lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.given = [json.loads(line) for line in lines if line.endswith("}")] or [{"version": 0, "step": 0}]
+        self.given = [{"version": 0, "step": 0}, *(json.loads(line) for line in lines if line.endswith("}"))]
 
     def issue(self, step: int) -> int:
         """The version of the weights after `step` optimiser steps of the driver's loop."""
@@ -39,6 +39,11 @@ class Versions:
     def at(self, step: int) -> int:
         """The newest version given to the weights after `step` steps (0 before the first)."""
         return next((entry["version"] for entry in reversed(self.given) if entry["step"] <= step), 0)
+
+    def steps_of(self, versions: np.ndarray) -> np.ndarray:
+        """After how many steps the weights of each of `versions` stood."""
+        step = {entry["version"]: entry["step"] for entry in self.given}
+        return np.array([step[version] for version in versions.tolist()])
 
 
 def train_rollouts(config: Config, tasks: list[Task], step: int, version: int) -> list[Rollout]:

@@ -122,7 +122,7 @@ def run_command(
         process = supervised.process
         ends: dict[str, bytes] = {}
         readers = [
-            threading.Thread(target=lambda n=name, s=stream: ends.update({n: read_end(s)}), daemon=True)
+            threading.Thread(target=lambda n=name, s=stream: ends.update({n: kept_of(s)}), daemon=True)
             for name, stream in (("stdout", process.stdout), ("stderr", process.stderr))
         ]
         for reader in readers:
@@ -136,7 +136,7 @@ def run_command(
     return CommandEnd(code, texts["stdout"], texts["stderr"], read_events(written))
 
 
-def read_end(stream: IO[bytes]) -> bytes:
+def kept_of(stream: IO[bytes]) -> bytes:
     """Read to the end, keep the last KEPT_BYTES."""
     kept = b""
     with stream:

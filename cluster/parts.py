@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -128,6 +129,11 @@ class Parts:
     def oldest_version(self) -> int:
         """The oldest policy version a token of this step's batch may have."""
         return self.versions.at(max(0, self.step - self.config.algorithm.staleness))
+
+    def age(self, samples: list[Sample]) -> float:
+        """How many steps ago the batch's tokens were sampled, in the mean. Versions do not tell: a rewind skips some."""
+        sampled = np.concatenate([sample.policy_versions[sample.loss_mask] for sample in samples])
+        return self.step - float(np.mean(self.versions.steps_of(sampled)))
 
     def ask(self, rollouts: list[Rollout]) -> None:
         """Queue `rollouts`; those that the store knows already stay as they are."""

@@ -90,6 +90,11 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
+async def awaited(value: Any) -> Any:
+    """For asyncio.run, which takes a coroutine and no other awaitable."""
+    return await value
+
+
 def arguments(
     function: Callable[..., Any], offers: tuple[tuple[str, ...], ...], values: tuple[Any, ...], key: str
 ) -> tuple[list[Any], dict[str, Any]]:

@@ -1,3 +1,4 @@
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -47,6 +48,7 @@ def test_a_version_is_never_given_twice(tmp_path):
     resumed = Versions(tmp_path)  # back at a checkpoint of step 1
     assert resumed.issue(2) == 4
     assert (resumed.at(0), resumed.at(1), resumed.at(2)) == (0, 1, 4)
+    assert resumed.steps_of(np.array([0, 1, 4])).tolist() == [0, 1, 2]
 
 
 def test_stale_rollouts_are_left_out_of_every_table():
