@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import raygent
-from raygent.actors import agent_runner
+from raygent.actors import agent_runner, grading
 from raygent.actors.agent_runner import AgentRunner, Recorder
 from raygent.actors.grading import Grader, GraderError, grade_once
 from raygent.actors.rollout_worker import RolloutWorker
@@ -338,6 +338,18 @@ def test_hung_graders_are_killed_and_hold_up_nobody(tmp_path, processes_of):
 
     asyncio.run(many())
     assert processes_of("sleep 7331") == []
+
+
+def test_a_grader_process_that_cannot_be_started_keeps_no_place(tmp_path, monkeypatch):
+    def no_process(*_, **__):
+        raise BlockingIOError("no more processes")
+
+    (tmp_path / "graders_of_test.py").write_text(GRADERS)
+    monkeypatch.setattr(grading, "Supervised", no_process)
+    grader = Grader(config_of(tmp_path, grader="graders_of_test.py:exact"), 1)
+    with pytest.raises(BlockingIOError):
+        asyncio.run(grader.grade("q", "gold", "x"))
+    assert grader.started == 0
 
 
 def test_quick_graders_share_few_processes(tmp_path):
