@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from raygent.agent import AGENT_OFFERS, ModelEndpoint, arguments, load_callable, plain
+from raygent.agent import AGENT_OFFERS, ModelEndpoint, arguments, awaited, load_callable, plain
 from raygent.config import ConfigError
 from raygent.emit import EVENTS_FILE, append_event
 
@@ -31,13 +31,9 @@ def main() -> int:
         return 1
     value = agent(*positional, **named)
     if inspect.isawaitable(value):
-        value = asyncio.run(_await(value))
+        value = asyncio.run(awaited(value))
     append_event(os.environ[EVENTS_FILE], {"table": "result", "value": plain(value)})
     return 0
-
-
-async def _await(value):  # type: ignore[no-untyped-def]
-    return await value
 
 
 if __name__ == "__main__":

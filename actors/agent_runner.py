@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from raygent.actors.subprocess_agent import CommandEnd, Supervised, last_line, run_command, stdout_span
-from raygent.agent import AGENT_OFFERS, ModelEndpoint, arguments, is_async, load_callable
+from raygent.agent import AGENT_OFFERS, ModelEndpoint, arguments, awaited, is_async, load_callable
 from raygent.config import Config
 from raygent.emit import finite, sink
 from raygent.records import Reward, Span, to_json
@@ -101,8 +101,14 @@ class AgentRunner:
         self.abandoned = [thread for thread in self.abandoned if thread.is_alive()]
         return self.stuck or len(self.abandoned) >= most
 
-    async def on_agents_loop(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+    async def on_agents_loop(self, coroutine: Coroutine[Any, Any, Any], limit_s: float) -> Any:
+        """Raises TimeoutError over `limit_s`, which is past the coroutine's own: something blocks the loop."""
+        running = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(coroutine, self.loop))
+        try:
+            return await asyncio.wait_for(running, limit_s + 2 * CANCEL_S)
+        except TimeoutError:
+            self.stuck = True
+            raise
 
     async def run(self, task_input: Any, endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
         """Run the agent to its end or its time limit. Cancelled, it stops the agent."""
@@ -136,11 +142,9 @@ class AgentRunner:
             await asyncio.wait({task}, timeout=CANCEL_S)
             return self._timeout()
 
-        ours = asyncio.wrap_future(asyncio.run_coroutine_threadsafe(limited(), self.loop))
         try:
-            return await asyncio.wait_for(ours, self.config.agent.timeout_s + 2 * CANCEL_S)
+            return await self.on_agents_loop(limited(), self.config.agent.timeout_s)
         except TimeoutError:
-            self.stuck = True
             return self._timeout(
                 "; an async agent blocked the event loop that all of them share: await, or make it sync"
             )
@@ -149,7 +153,7 @@ class AgentRunner:
         def call() -> Any:
             sink.set(recorder)
             value = agent(*positional, **named)
-            return asyncio.run(_await(value)) if inspect.isawaitable(value) else value
+            return asyncio.run(awaited(value)) if inspect.isawaitable(value) else value
 
         thread, future = in_thread(call)
         waiting = asyncio.wrap_future(future)
@@ -254,11 +258,7 @@ def keep_event(event: dict[str, Any], recorder: Recorder) -> None:
             checked = {"attributes": fields["attributes"]}
             texts, times = ["kind", "name"], ["started", "finished"]
         checked |= {key: str(fields[key]) for key in texts} | {key: float(fields[key]) for key in times}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         recorder.note("malformed event", kind="exception", error=str(error))
         return
     recorder(table, checked)
-
-
-async def _await(value: Any) -> Any:
-    return await value

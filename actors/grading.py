@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from raygent.actors.subprocess_agent import Supervised, scrubbed_environment
-from raygent.agent import GRADER_OFFERS, Verdict, arguments, is_async, load_callable, read_verdict
+from raygent.agent import GRADER_OFFERS, Verdict, arguments, awaited, is_async, load_callable, read_verdict
 from raygent.config import Config
 
 MOST_PROCESSES = 8  # of one worker
@@ -105,7 +105,12 @@ class Grader:
                     if self.started == self.most:
                         continue
                     self.started += 1
-                return GraderProcess(self.config)
+                try:
+                    return GraderProcess(self.config)
+                except OSError:  # no process can be started: its place is free again
+                    with self.lock:
+                        self.started -= 1
+                    raise
 
     def close(self) -> None:
         """Ends the idle processes; the others end with this process."""
@@ -219,15 +224,11 @@ def answer(function: Any, values: list[Any]) -> dict[str, Any]:
     try:
         value = function(*positional, **named)
         if inspect.isawaitable(value):
-            value = asyncio.run(_await(value))
+            value = asyncio.run(awaited(value))
         verdict = read(value)
     except Exception:  # noqa: BLE001 - the user's code may raise anything; it is the reply
         return {"error": traceback.format_exc()[-4000:]}
     return {"value": {"reward": verdict.value} | verdict.components}
-
-
-async def _await(value: Any) -> Any:
-    return await value
 
 
 if __name__ == "__main__":

@@ -278,7 +278,7 @@ class Learner:
                 folder, state_dict={name: tensor for name, tensor in state.items() if name not in tied}
             )
             source = Path(self.config.model.path)
-            if source.is_dir() and not (source / "tokenizer_config.json").exists():
+            if source.is_dir() and not any(source.glob("tokenizer*")):
                 return
             AutoTokenizer.from_pretrained(self.config.model.path).save_pretrained(folder)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +26,7 @@ class Versions:
     def __init__(self, run_directory: Path) -> None:
         self.file = run_directory / "versions.jsonl"
         lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.given = [json.loads(line) for line in lines if line.endswith("}")] or [{"version": 0, "step": 0}]
+        self.given = [{"version": 0, "step": 0}, *(json.loads(line) for line in lines if line.endswith("}"))]
 
     def issue(self, step: int) -> int:
         """The version of the weights after `step` optimiser steps of the driver's loop."""
@@ -38,6 +40,11 @@ class Versions:
         """The newest version given to the weights after `step` steps (0 before the first)."""
         return next((entry["version"] for entry in reversed(self.given) if entry["step"] <= step), 0)
 
+    def steps_of(self, versions: np.ndarray) -> np.ndarray:
+        """After how many steps the weights of each of `versions` stood."""
+        step = {entry["version"]: entry["step"] for entry in self.given}
+        return np.array([step[version] for version in versions.tolist()])
+
 
 def train_rollouts(config: Config, tasks: list[Task], step: int, version: int) -> list[Rollout]:
     """The groups of driver step `step`: the data order depends on run.seed and the step alone, so a resumed run keeps it."""
@@ -45,9 +52,7 @@ def train_rollouts(config: Config, tasks: list[Task], step: int, version: int) -
     chosen = []
     for place in range(step * size, (step + 1) * size):
         epoch, offset = divmod(place, len(tasks))
-        order = list(range(len(tasks)))
-        random.Random(f"{config.run.seed}-{epoch}").shuffle(order)
-        chosen.append((place, tasks[order[offset]]))
+        chosen.append((place, tasks[_order(config.run.seed, epoch, len(tasks))[offset]]))
     return [
         Rollout(f"train-{step:06d}-{place % size:04d}-{index}", task.id, f"train-{step:06d}-{place % size:04d}", "train",
                 step, index, task.input, task.private, version)
@@ -56,14 +61,28 @@ def train_rollouts(config: Config, tasks: list[Task], step: int, version: int) -
     ]  # fmt: skip
 
 
+@lru_cache(2)
+def _order(seed: int, epoch: int, tasks: int) -> list[int]:
+    order = list(range(tasks))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return order
+
+
 def eval_rollouts(config: Config, tasks: list[Task], step: int, version: int) -> list[Rollout]:
-    """`evaluate.samples` runs of each held-out task, all at one pinned version."""
+    """`evaluate.samples` runs of each held-out task, all at one pinned version.
+
+    The ids tell what the task is, so that one of other data is no rollout that the store has already.
+    """
+    groups = [f"eval-{step:06d}-{number:05d}-{_digest(task)}" for number, task in enumerate(tasks)]
     return [
-        Rollout(f"eval-{step:06d}-{number:05d}-{index}", task.id, f"eval-{step:06d}-{number:05d}", "eval",
-                step, index, task.input, task.private, version)
-        for number, task in enumerate(tasks)
+        Rollout(f"{group}-{index}", task.id, group, "eval", step, index, task.input, task.private, version)
+        for group, task in zip(groups, tasks, strict=True)
         for index in range(config.evaluate.samples)
-    ]  # fmt: skip
+    ]
+
+
+def _digest(task: Task) -> str:
+    return hashlib.sha256(json.dumps([task.id, task.input, task.private]).encode()).hexdigest()[:8]
 
 
 def steps_to_admit(config: Config, step: int) -> range:
@@ -82,11 +101,13 @@ def drop_stale(tables: dict[str, pa.Table], oldest: int) -> tuple[dict[str, pa.T
     tokens = versions.flatten().to_numpy(zero_copy_only=False)
     owner = np.repeat(np.arange(len(calls)), lengths)
     stale_calls = np.unique(owner[tokens < oldest])
-    stale = sorted(set(calls["rollout_id"].take(pa.array(stale_calls)).to_pylist()))
+    stale = set(calls["rollout_id"].take(pa.array(stale_calls)).to_pylist())
     if not stale:
         return tables, []
-    keep = {
-        name: table.filter(pc.invert(pc.is_in(table["rollout_id"], value_set=pa.array(stale))))
-        for name, table in tables.items()
-    }
-    return keep, stale
+    return only(tables, set(tables["rollouts"]["rollout_id"].to_pylist()) - stale), sorted(stale)
+
+
+def only(tables: dict[str, pa.Table], rollout_ids: set[str]) -> dict[str, pa.Table]:
+    """What the tables hold of these rollouts."""
+    wanted = pa.array(sorted(rollout_ids), pa.string())
+    return {name: table.filter(pc.is_in(table["rollout_id"], value_set=wanted)) for name, table in tables.items()}

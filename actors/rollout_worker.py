@@ -1,7 +1,7 @@
 """RolloutWorker: leases rollouts from the store, runs the agent on each, grades and seals the attempts.
 
 It owns nothing that outlives it: killed at any moment, its leases expire, the agents' processes die with it, and the
-rollouts are tried again elsewhere. It may be asked for `run` (its whole life), `stop` and `counts`.
+rollouts are tried again elsewhere. It may be asked for `run` (its whole life) and `stop`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import asyncio
 import logging
 import os
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from ray.exceptions import RayActorError
 from raygent.actors.agent_runner import TEXT, AgentRunner, Ended, Recorder
 from raygent.actors.engine_handle import EngineUnavailable
 from raygent.actors.gateway import mint_key
-from raygent.actors.grading import Grader, GraderError
+from raygent.actors.grading import Grader, GraderError, timed_out
 from raygent.actors.outcomes import NO_CALL, engine_failed, outcome_of
 from raygent.agent import ModelEndpoint, Verdict, plain, read_verdict
 from raygent.config import Config
@@ -60,7 +59,6 @@ class RolloutWorker:
         self.running: dict[Key, asyncio.Task[None]] = {}
         self.sealing: set[Key] = set()
         self.without_engine: set[Key] = set()  # ended, but not given back before the engine is there again
-        self.outcomes: Counter[str] = Counter()
         self.stopping = False
         self.wake: asyncio.Event | None = None
 
@@ -85,9 +83,6 @@ class RolloutWorker:
         self.stopping = True
         if self.wake:
             self.wake.set()
-
-    async def counts(self) -> dict[str, int]:
-        return dict(self.outcomes) | {"running": len(self.running)}
 
     async def _work(self) -> str:
         assert self.wake
@@ -119,8 +114,7 @@ class RolloutWorker:
             self.sealing.discard(key)
             if self.wake:
                 self.wake.set()
-            if not task.cancelled() and (error := task.exception()):
-                self.outcomes["worker_error"] += 1  # the lease expires
+            if not task.cancelled() and (error := task.exception()):  # the lease expires
                 logger.error("%s: attempt %s failed in the worker", self.name, key, exc_info=error)
 
         task.add_done_callback(ended)
@@ -152,7 +146,6 @@ class RolloutWorker:
                 batches[table] = to_batch(SCHEMAS[table], records)
                 setattr(seal, table, {self.name: len(records)})
         self.sealing.add(key)
-        self.outcomes[outcome] += 1
         await self.store.seal.remote(seal, batches)
 
     def _endpoint(self, lease: Lease) -> ModelEndpoint:
@@ -192,8 +185,15 @@ class RolloutWorker:
 
     async def _grade(self, grader: Grader, lease: Lease, output: Any) -> Verdict:
         call = grader.grade(lease.rollout.input, lease.rollout.private, output)
-        graded = await (self.runner.on_agents_loop(call) if grader.is_async else call)
-        return graded.verdict
+        if not grader.is_async:
+            return (await call).verdict
+        try:
+            return (await self.runner.on_agents_loop(call, self.config.grader.timeout_s)).verdict
+        except TimeoutError:
+            raise GraderError(
+                f"grader.run = {self.config.grader.run}: {timed_out(self.config)}; it, or an async agent, blocked the "
+                "event loop that all of them share: await, or make it sync"
+            ) from None
 
     async def _wait_for_engine(self, lease: Lease) -> None:
         """Hold the lease until the engine is there again: retried sooner, the rollout would use up its attempts at once.
@@ -242,7 +242,6 @@ class RolloutWorker:
             lost = await self.store.heartbeat.remote(self.name, list(self.running))
             for key in map(tuple, lost):
                 if key in self.running and key not in self.sealing:
-                    self.outcomes["lease_lost"] += 1
                     self.running[key].cancel()
             await asyncio.sleep(self.config.workers.lease_s / 4)
 

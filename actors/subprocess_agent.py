@@ -25,6 +25,7 @@ from raygent.emit import EVENTS_FILE
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 OURS = ("RAY_", "RAYGENT_", "SERVE_", "VLLM_", "WANDB_")  # variables that no agent's process is to see
 KEPT_BYTES = 1 << 20  # of stdout and of stderr each, from the end
+TASK_BYTES = (128 << 10) - len("RAYGENT_TASK=") - 1  # Linux starts no process with a longer variable
 EVENTS_BYTES = 16 << 20  # of emitted rewards and spans
 
 
@@ -89,12 +90,16 @@ def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, 
         "ANTHROPIC_BASE_URL": endpoint.anthropic_base_url,
         "ANTHROPIC_API_KEY": endpoint.api_key,
         "RAYGENT_MODEL": endpoint.model,
-        "RAYGENT_TASK": json.dumps(task_input, ensure_ascii=False),
+        "RAYGENT_TASK": task_variable(task_input),
         EVENTS_FILE: events,
     }
     if config.agent.run is not None:
         added["RAYGENT_AGENT"] = config.agent.run
     return scrubbed_environment(config) | added
+
+
+def task_variable(task_input: Any) -> str:
+    return json.dumps(task_input, ensure_ascii=False)
 
 
 def run_command(
@@ -117,7 +122,7 @@ def run_command(
         process = supervised.process
         ends: dict[str, bytes] = {}
         readers = [
-            threading.Thread(target=lambda n=name, s=stream: ends.update({n: read_end(s)}), daemon=True)
+            threading.Thread(target=lambda n=name, s=stream: ends.update({n: kept_of(s)}), daemon=True)
             for name, stream in (("stdout", process.stdout), ("stderr", process.stderr))
         ]
         for reader in readers:
@@ -131,7 +136,7 @@ def run_command(
     return CommandEnd(code, texts["stdout"], texts["stderr"], read_events(written))
 
 
-def read_end(stream: IO[bytes]) -> bytes:
+def kept_of(stream: IO[bytes]) -> bytes:
     """Read to the end, keep the last KEPT_BYTES."""
     kept = b""
     with stream:
@@ -146,7 +151,7 @@ def read_events(written: bytes) -> list[dict[str, Any]]:
     for line in written.split(b"\n")[:-1]:
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # not ours: the file is the agent's to write to
         if isinstance(event, dict) and event.get("table") in ("rewards", "spans", "result"):
             events.append(event)
@@ -160,7 +165,7 @@ def last_line(stdout: str) -> Any:
         return None
     try:
         return json.loads(lines[-1])
-    except ValueError:
+    except (ValueError, RecursionError):
         return lines[-1]
 
 

@@ -223,6 +223,8 @@ def _send_gloo(engine: EngineUpdates, bucket: Bucket, flat: torch.Tensor, receiv
     """Broadcast one bucket to `receivers` processes while the engines wait for it inside their update."""
     from concurrent.futures import ThreadPoolExecutor
 
+    from raygent.actors.engine_handle import EngineUnavailable
+
     host, port = socket.gethostbyname(socket.gethostname()), 0
     store: Any = None
     if group is None:
@@ -233,11 +235,14 @@ def _send_gloo(engine: EngineUpdates, bucket: Bucket, flat: torch.Tensor, receiv
     bucket.gloo = {"host": host, "port": port, "size": receivers + 1}
     with ThreadPoolExecutor(1) as pool:
         answered = pool.submit(engine.weights, "update", asdict(bucket))
-        if group is None:
-            group = (torch.distributed.ProcessGroupGloo(store, 0, receivers + 1, GLOO_TIMEOUT), store)
         options = torch.distributed.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
-        group[0].broadcast([flat], options).wait()
+        try:
+            if group is None:
+                group = (torch.distributed.ProcessGroupGloo(store, 0, receivers + 1, GLOO_TIMEOUT), store)
+            group[0].broadcast([flat], options).wait()
+        except RuntimeError as error:  # gloo's, and the store's DistStoreError: a receiver is gone
+            raise EngineUnavailable(f"update: {error}") from error
         answered.result()
     return group
 

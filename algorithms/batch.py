@@ -55,8 +55,9 @@ def make_samples(tables: dict[str, pa.Table], config: Config) -> tuple[list[Samp
     entries: list[Entry] = []
     for row in valid:
         acted = [item for item in build(calls[row["rollout_id"]]) if _is_trained(item.agent, config.agent.train)]
+        own = own_rewards if row["status"] == "succeeded" else {}  # a failed one has grader.failed_reward, all of it
         for item in acted:
-            entries.append(Entry(row, item, own_rewards.get((row["rollout_id"], item.agent), row["reward"])))
+            entries.append(Entry(row, item, own.get((row["rollout_id"], item.agent), row["reward"])))
         if not acted:
             entries.append(Entry(row, None, row["reward"]))
     _compare(entries, config)
@@ -158,9 +159,9 @@ def _views(column: pa.ChunkedArray) -> list[np.ndarray]:
 
 
 def _agent_rewards(rewards: pa.Table) -> dict[tuple[str, str], float]:
-    """Rewards given to one agent rather than to the rollout: the last of each."""
-    rows = rewards.select(["rollout_id", "agent", "value", "call_sequence", "sequence"]).to_pylist()
-    own = [row for row in rows if row["agent"] and row["call_sequence"] < 0]
+    """Rewards given to one agent rather than to the rollout: the last of each. Those of other names are told, not trained."""
+    rows = rewards.select(["rollout_id", "name", "agent", "value", "call_sequence", "sequence"]).to_pylist()
+    own = [row for row in rows if row["agent"] and row["name"] == "reward" and row["call_sequence"] < 0]
     return {(row["rollout_id"], row["agent"]): row["value"] for row in sorted(own, key=lambda row: row["sequence"])}
 
 

@@ -64,7 +64,7 @@ class RunLog:
         """The run goes on at `step`: what the files tell of later steps did not happen."""
         for path, last in ((self.lines, step - 1), (self.evaluations, step)):
             rows = [row for row in read_lines(path) if row["step"] <= last]
-            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            self._rewrite(path, rows)
         if step:
             self.note(f"going on at step {step}")
         self.last = time.monotonic()
@@ -77,7 +77,8 @@ class RunLog:
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         metrics = metrics | {"seconds/step": seconds, "tokens_per_s": metrics.get("tokens_sampled", 0.0) / seconds}
-        self._append(self.lines, {"step": step} | metrics)
+        with self.lines.open("a") as file:
+            file.write(json.dumps({"step": step} | metrics) + "\n")
         shown = ", ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics)
         self.note(f"step {step + 1}/{self.config.run.steps} {shown}")
         self.wandb.log({"train/" + name: value for name, value in metrics.items()} | {"step": step + 1})
@@ -91,8 +92,8 @@ class RunLog:
         by_task = {task: sum(values) / len(values) for task, values in rewards.items()}
         low, high = mean_interval(list(by_task.values())) if by_task else (0.0, 0.0)
         rows = [row for row in read_lines(self.evaluations) if row["step"] != step]
-        self.evaluations.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        self._append(self.evaluations, {"step": step, **summary, "low": low, "high": high, "by_task": by_task})
+        rows.append({"step": step, **summary, "low": low, "high": high, "by_task": by_task})
+        self._rewrite(self.evaluations, rows)
         self.note(
             f"evaluation at step {step}: reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} tasks; "
             f"{summary['retried_share']:.0%} needed more than one call, {summary['rescued_share']:.0%} of their reward was won"
@@ -147,9 +148,11 @@ class RunLog:
         self.note(f"summary {self.directory / 'summary.json'}, curve {self.directory / 'curve.png'}")
 
     @staticmethod
-    def _append(path: Path, row: dict[str, Any]) -> None:
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+        """Beside it first, so that a kill between leaves the old file whole."""
+        beside = path.with_suffix(".new")
+        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        beside.replace(path)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -81,12 +82,16 @@ class Parts:
         ray.get(self.store.rewind.remote(self.step))
         start_keeper(config, app_name(config), store_name, NAMESPACE)
         self.learners = LearnerGroup(config) if self.learn_too else None
-        model = str(checkpoint.path) if checkpoint else config.model.path
+        pushed = checkpoint is not None and self.learn_too  # a replica replaced later would miss a deleted checkpoint
+        model = str(checkpoint.path) if checkpoint and not pushed else config.model.path
+        version = None if pushed else self.version
         with self.clock("start"), ThreadPoolExecutor(2) as pool:
-            engine = pool.submit(start_app, config, secret, store_name, NAMESPACE, self.version, model)
+            engine = pool.submit(start_app, config, secret, store_name, NAMESPACE, version, model)
             if self.learners:
                 pool.submit(self.learners.start, checkpoint).result()
             self.engine = engine.result()
+            if pushed:
+                self.push()
         self.pool = WorkerPool(config, self.store, self.engine, secret)
         self.pool.start()
         return self
@@ -125,6 +130,11 @@ class Parts:
         """The oldest policy version a token of this step's batch may have."""
         return self.versions.at(max(0, self.step - self.config.algorithm.staleness))
 
+    def age(self, samples: list[Sample]) -> float:
+        """How many steps ago the batch's tokens were sampled, in the mean. Versions do not tell: a rewind skips some."""
+        sampled = np.concatenate([sample.policy_versions[sample.loss_mask] for sample in samples])
+        return self.step - float(np.mean(self.versions.steps_of(sampled)))
+
     def ask(self, rollouts: list[Rollout]) -> None:
         """Queue `rollouts`; those that the store knows already stay as they are."""
         ray.get(self.store.add_rollouts.remote(rollouts))
@@ -139,20 +149,27 @@ class Parts:
     def heal(self) -> None:
         """A replica that was replaced reports an old version and takes no traffic: it gets the weights in force."""
         try:
-            if self.learners and any(replica["version"] != self.version for replica in self.engine.status()):
-                self.learners.push(self.engine, self.version)
+            if any(replica["version"] != self.version for replica in self.engine.status()):
+                if self.learners:
+                    self.learners.push(self.engine, self.version)
+                else:
+                    self.engine.adopt(self.version)
         except EngineUnavailable as error:  # it is being replaced: seen to next time
             logger.warning("%s", error)
 
     def gate(self, samples: list[Sample]) -> None:
-        """Once after every start: engine and learner must agree on what the batch's tokens cost. Raises GateError."""
-        if self.gated or not samples:
+        """Once after every start: engine and learner must agree on what the batch's tokens cost. Raises GateError.
+
+        Tokens sampled from older weights tell nothing: without others the next batch is the first.
+        """
+        current = [sample.loss_mask & (sample.policy_versions == self.version) for sample in samples]
+        tokens = sum(int(mask.sum()) for mask in current)
+        if self.gated or not tokens:
             return
         assert self.learners
         learned = self.learners.logprobs(samples)
-        gaps = [abs(sample.logprobs - ours)[sample.loss_mask] for sample, ours in zip(samples, learned, strict=True)]
-        tokens = sum(len(gap) for gap in gaps)
-        mean = float(sum(gap.sum() for gap in gaps)) / max(tokens, 1)
+        gaps = [abs(sample.logprobs - ours)[mask] for sample, ours, mask in zip(samples, learned, current, strict=True)]
+        mean = float(sum(gap.sum() for gap in gaps)) / tokens
         worst = max((float(gap.max()) for gap in gaps if len(gap)), default=0.0)
         print(
             f"start gate: |engine - learner| logprob over {tokens} tokens: mean {mean:.2e}, max {worst:.2e}", flush=True

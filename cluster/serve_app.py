@@ -25,8 +25,12 @@ def app_name(config: Config) -> str:
     return f"raygent-{config.run.name}"
 
 
-def start_app(config: Config, secret: str, store_name: str, namespace: str, version: int, model: str) -> EngineHandle:
+def start_app(
+    config: Config, secret: str, store_name: str, namespace: str, version: int | None, model: str
+) -> EngineHandle:
     """Start the engines on `model` (whose weights are policy version `version`) and wait until all of them serve.
+
+    With None for a version they have loaded it and serve nobody before they are given their weights.
 
     An app of the same name from an earlier life of the run is deleted first: its key and its weights are over.
     """
@@ -44,7 +48,8 @@ def start_app(config: Config, secret: str, store_name: str, namespace: str, vers
     bound = Engine.options(**options).bind(config, secret, store_name, namespace, model)  # type: ignore[attr-defined]
     _deploy(bound, name)
     engine = EngineHandle(name, f"http://{host}:{port}/{name}")
-    engine.adopt(version)
+    if version is not None:
+        engine.adopt(version)
     return engine
 
 

@@ -24,6 +24,7 @@ import psutil
 import tomli_w
 
 from raygent.actors.grading import Grader, GraderError, grade_once
+from raygent.actors.subprocess_agent import TASK_BYTES, task_variable
 from raygent.agent import AGENT_OFFERS, arguments, load_callable
 from raygent.config import Config, ConfigError, homes_of, keys_of
 from raygent.records import to_json
@@ -77,7 +78,7 @@ def _check_run_directory(config: Config) -> None:
         raise ConfigError(f"run.directory: {there} {what}; give another folder")
     if not config.run.resume and directory.is_dir() and any(directory.iterdir()):
         raise ConfigError(f"run.resume: false, and {directory} stands already; choose another run.name or delete it")
-    if _is_locked(directory / "store" / "lock"):
+    if is_locked(directory / "store" / "lock"):
         raise ConfigError(
             f"run.name: {directory} is a run that goes on; wait for its end, stop it, or choose another name"
         )
@@ -90,7 +91,7 @@ def _check_run_directory(config: Config) -> None:
             )
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether another process's store holds the lock; one that is ending gets the time for it."""
     if not path.is_file():
         return False
@@ -109,9 +110,14 @@ def _is_locked(path: Path) -> bool:
 def _check_data(config: Config) -> None:
     if config.data.eval == config.data.train:
         raise ConfigError("data.eval: the same file as data.train; held-out tasks are others than those trained on")
-    load_tasks(config.data.train, "data.train")
-    if config.data.eval is not None:
-        load_tasks(config.data.eval, "data.eval")
+    apart = config.agent.command is not None or config.agent.in_ == "subprocess"
+    for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
+        for task in load_tasks(path, key) if path else []:
+            if apart and len(task_variable(task.input).encode(errors="replace")) > TASK_BYTES:
+                raise ConfigError(
+                    f"{key}: task {task.id}: its input is over {TASK_BYTES} bytes as JSON, more than RAYGENT_TASK holds; put "
+                    "it into a file that the input names"
+                )
 
 
 # the model

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raygent.actors.pacer import eval_rollouts
+from raygent.actors.pacer import eval_rollouts, only
 from raygent.config import Config, ConfigError
 from raygent.jobs.job import run_job
 from raygent.records import Task
@@ -34,9 +34,10 @@ def evaluate(parts: Parts, held_out: list[Task]) -> tuple[dict[str, pa.Table], d
     config, step, version = parts.config, parts.step, parts.version
     between = 0 < step < config.run.steps and config.evaluate.tasks > 0
     tasks = held_out[: config.evaluate.tasks] if between else held_out
-    parts.ask(eval_rollouts(config, tasks, step, version))
+    rollouts = eval_rollouts(config, tasks, step, version)
+    parts.ask(rollouts)
     with parts.clock("evaluate"):
-        tables = parts.collect(step, "eval")
+        tables = only(parts.collect(step, "eval"), {rollout.rollout_id for rollout in rollouts})
     return tables, summarise(tables)
 
 

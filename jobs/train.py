@@ -36,13 +36,13 @@ def train(config: Config) -> None:
                 if evaluation_due(config, parts.step) and held_out:
                     log.evaluation(parts.step, *evaluate(parts, held_out))
                 if parts.step >= config.run.steps:
+                    parts.checkpoint()
                     break
                 log.step(parts.step, one_step(parts, tasks))
             except LearnerLost as lost:
                 log.note(f"{lost}; going on from the last checkpoint")
                 parts.restart_learners()
                 log.resume(parts.step)
-        parts.checkpoint()
         log.finish(parts.counts())
 
 
@@ -58,7 +58,7 @@ def one_step(parts: Parts, tasks: list) -> dict[str, float]:
         samples, metrics = make_samples(tables, config)
     parts.drop(stale)
     if samples:
-        metrics["version_age"] = parts.version - metrics["version_mean"]
+        metrics["version_age"] = parts.age(samples)
     with parts.clock("gate"):
         parts.gate(samples)
     with parts.clock("learn"):

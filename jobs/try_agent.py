@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from raygent.config import Config, ConfigError, load
-from raygent.jobs.dry_run import check
+from raygent.jobs.dry_run import check, is_locked
 from raygent.records import SCHEMAS, Rollout, Task, to_json
 from raygent.task import load_tasks
 
@@ -26,10 +26,13 @@ SHOWN = 2000  # characters of one message, and of an error, from its end
 
 
 def config_to_try(config: Config) -> Config:
-    """`config` for one rollout, in a run directory of its own, which is emptied. Raises ConfigError where a real run is there."""
+    """`config` for one rollout, in a run directory of its own, which is emptied. Raises ConfigError where
+    a real run is there, or one that goes on."""
     config.run.name = f"{config.run.name[:60]}-try"
     if (config.run_directory / "checkpoints").exists():
         raise ConfigError(f"run.name: {config.run_directory} holds a run that was trained; choose another run.name")
+    if is_locked(config.run_directory / "store" / "lock"):
+        raise ConfigError(f"run.name: {config.run_directory} goes on; wait for its end, or choose another run.name")
     shutil.rmtree(config.run_directory, ignore_errors=True)
     config.engine.replicas = config.workers.min = config.workers.max = 1
     return config

@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from raygent.config import ConfigError
-from raygent.emit import finite
+from raygent.emit import finite, scalar
 
 POLICY = "policy"  # the model name under which the engine serves the policy
 
@@ -90,27 +90,43 @@ def is_async(function: Callable[..., Any]) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
 
 
+async def awaited(value: Any) -> Any:
+    """For asyncio.run, which takes a coroutine and no other awaitable."""
+    return await value
+
+
 def arguments(
     function: Callable[..., Any], offers: tuple[tuple[str, ...], ...], values: tuple[Any, ...], key: str
 ) -> tuple[list[Any], dict[str, Any]]:
     """Positional and keyword arguments for `function`: by name where all its parameters are known ones, else by place.
 
-    Raises ConfigError, naming `key`, where it asks for more than is offered.
+    A grader's go by name alone: nobody agrees on their order. Raises ConfigError, naming `key`, where that does not fit.
     """
-    parameters = list(inspect.signature(function).parameters.values())
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        return list(values), {}
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError) as error:  # some of those written in C
+        raise ConfigError(f"{key}: its parameters are not to be seen ({error}); name a function in Python") from error
     named = {name: value for names, value in zip(offers, values, strict=True) for name in names}
-    asked = [parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD]
+    open_ended = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
+    asked = [
+        parameter for parameter in parameters if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+    ]
     positional_only = any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in asked)
     known = [parameter for parameter in asked if parameter.name in named]
     if not positional_only and all(p.name in named or p.default is not p.empty for p in asked) and known:
         return [], {parameter.name: named[parameter.name] for parameter in known}
     required = [parameter for parameter in asked if parameter.default is parameter.empty]
-    if len(required) > len(values) or any(parameter.kind is parameter.KEYWORD_ONLY for parameter in required):
+    if (
+        len(required) > len(values)
+        or any(parameter.kind is parameter.KEYWORD_ONLY for parameter in required)
+        or any(p.name in named and p.name not in names for p, names in zip(required, offers, strict=False))
+        or (required and offers is GRADER_OFFERS)
+    ):
         offered = ", ".join(names[0] for names in offers)
-        raise ConfigError(f"{key}: takes ({', '.join(p.name for p in asked)}); it is called with ({offered})")
-    return list(values[: len(required)]), {}
+        raise ConfigError(
+            f"{key}: takes ({', '.join(p.name for p in asked)}); it is called with ({offered}): name those it wants so"
+        )
+    return list(values if open_ended else values[: len(required)]), {}
 
 
 @dataclass(frozen=True)
@@ -126,10 +142,12 @@ def read_verdict(value: Any, who: str) -> Verdict | None:
 
     True and False are 1 and 0. Raises ValueError or TypeError for a reward that is no finite number.
     """
+    value = scalar(value)
     if isinstance(value, numbers.Real):
         return Verdict(finite(value, f"the reward {who} gave"), {})
     if isinstance(value, dict) and "reward" in value:
-        parts = {str(name): part for name, part in value.items() if name != "reward" and isinstance(part, numbers.Real)}
+        parts = {str(name): scalar(part) for name, part in value.items() if name != "reward"}
+        parts = {name: part for name, part in parts.items() if isinstance(part, numbers.Real)}
         reward = finite(value["reward"], f"the reward {who} gave")
         return Verdict(reward, {name: finite(part, f"component {name!r} {who} gave") for name, part in parts.items()})
     return None
@@ -137,4 +155,7 @@ def read_verdict(value: Any, who: str) -> Verdict | None:
 
 def plain(value: Any) -> Any:
     """`value` as JSON has it (tuples become lists). Raises TypeError or ValueError where it is nothing of the kind."""
-    return json.loads(json.dumps(value))
+    try:
+        return json.loads(json.dumps(value))
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error

@@ -114,7 +114,7 @@ class Algorithm(Section):
     drop_flat_groups: bool = True  # groups without signal are left out of the loss
     mini_batches: int = Field(1, ge=1)  # optimiser steps a batch
     kl: float = Field(0.0, ge=0)  # weight of the KL to the reference (the first weights) in the loss
-    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    kl_kind: Literal["k2", "k3"] = "k3"  # k1 has no gradient of use in a loss
     entropy: float = Field(0.0, ge=0)  # weight of the entropy bonus
 
     @model_validator(mode="after")
@@ -254,7 +254,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises ConfigError with one line for a missing file, bad TOML, an unknown key, a wrong type or value, or a named
     file that is not there.
     """
-    path = Path(path).expanduser().resolve()
+    path = _expanded("CONFIG", path).resolve()
     if path.is_dir():
         raise ConfigError(f"{path}: a folder, not a config; give the path of a TOML file")
     if not path.is_file():
@@ -366,7 +366,7 @@ def keys_of(loc: list[str]) -> list[str]:
 
 
 def _absolute(config: Config) -> Config:
-    config.run.directory = str(_beside(config, config.run.directory))
+    config.run.directory = str(_beside(config, "run.directory", config.run.directory))
     for key in ("train", "eval"):
         if value := getattr(config.data, key):
             setattr(config.data, key, str(_file(config, f"data.{key}", value, "give a JSONL or Parquet file of tasks")))
@@ -388,12 +388,19 @@ def _absolute(config: Config) -> Config:
     return config
 
 
-def _beside(config: Config, value: str) -> Path:
-    return (config.folder / Path(value).expanduser()).resolve()
+def _beside(config: Config, key: str, value: str) -> Path:
+    return (config.folder / _expanded(key, value)).resolve()
+
+
+def _expanded(key: str, value: str | Path) -> Path:
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{key}: nobody's home folder is known by {value}; write the path out") from error
 
 
 def _file(config: Config, key: str, value: str, mend: str) -> Path:
-    path = _beside(config, value)
+    path = _beside(config, key, value)
     if path.is_dir():
         raise ConfigError(f"{key}: {path} is a folder; {mend}")
     if not path.is_file():
@@ -404,7 +411,7 @@ def _file(config: Config, key: str, value: str, mend: str) -> Path:
 
 def _model(config: Config) -> str:
     """The absolute path of a folder, or a Hugging Face id as it is."""
-    value, path = config.model.path, _beside(config, config.model.path)
+    value, path = config.model.path, _beside(config, "model.path", config.model.path)
     if path.is_dir():
         return str(path)
     if path.is_file():

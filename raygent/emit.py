@@ -37,9 +37,9 @@ def emit_reward(
     """
     fields = {
         "value": finite(value, "a reward"),
-        "name": name,
-        "agent": agent,
-        "components": {key: finite(part, f"the component {key!r}") for key, part in (components or {}).items()},
+        "name": str(name),
+        "agent": str(agent or ""),
+        "components": {str(key): finite(part, f"the component {key!r}") for key, part in (components or {}).items()},
         "time": time.time(),
     }
     _emit("rewards", fields)
@@ -56,16 +56,26 @@ def span(name: str, kind: str = "note", **attributes: Any) -> Iterator[dict[str,
         raise
     finally:
         times = {"started": started, "finished": time.time()}
-        _emit("spans", {"kind": kind, "name": name, "attributes": attributes} | times)
+        _emit("spans", {"kind": str(kind), "name": str(name), "attributes": attributes} | times)
 
 
 def finite(value: Any, what: str) -> float:
-    """`value` as a float; True is 1. Raises TypeError for no number, ValueError for nan and infinities."""
+    """`value` as a float; True is 1. Raises TypeError for no number, ValueError for nan, infinities and what is beyond them."""
+    value = scalar(value)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{what} is a number, not {type(value).__name__} {str(value)[:80]!r}")
-    if not math.isfinite(value):
-        raise ValueError(f"{what} is {value}; it has to be finite")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{what} is {number}; it has to be finite")
+    return number
+
+
+def scalar(value: Any) -> Any:
+    """One number of numpy's or torch's as Python's own; else `value` itself."""
+    return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
 def _emit(table: str, fields: dict[str, Any]) -> None:
@@ -78,9 +88,12 @@ def _emit(table: str, fields: dict[str, Any]) -> None:
 
 def append_event(path: str, event: dict[str, Any]) -> None:
     """One JSON line with one write(), so that lines of several processes do not mix."""
-    line = json.dumps(event, ensure_ascii=False, default=str).encode() + b"\n"
+    try:
+        line = json.dumps(event, default=str)
+    except (TypeError, ValueError, RecursionError) as error:  # a span's attributes: all else is known to be JSON
+        line = json.dumps(event | {"attributes": {"not_json": f"{type(error).__name__}: {error}"}})
     file = os.open(path, os.O_WRONLY | os.O_APPEND)
     try:
-        os.write(file, line)
+        os.write(file, line.encode() + b"\n")
     finally:
         os.close(file)

@@ -54,7 +54,7 @@ def _json_rows(path: Path, key: str) -> list[tuple[str, Any]]:
         if line.strip():
             try:
                 rows.append((f"line {number}", json.loads(line)))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ConfigError(f"{key}: {path} line {number} is not JSON: {error}; give one task a line") from error
     return rows
 

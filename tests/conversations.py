@@ -74,8 +74,12 @@ def logprob_of(number: int) -> float:
     return -(number + 1) / 1024
 
 
-def reward(rollout_id: str, value: float, agent: str, sequence: int = 0, call_sequence: int = -1) -> Reward:
-    return Reward(rollout_id, 1, "worker", sequence, value, agent=agent, call_sequence=call_sequence, sequence=sequence)
+def reward(
+    rollout_id: str, value: float, agent: str, sequence: int = 0, call_sequence: int = -1, name: str = "reward"
+) -> Reward:
+    return Reward(
+        rollout_id, 1, "worker", sequence, value, name, agent=agent, call_sequence=call_sequence, sequence=sequence
+    )
 
 
 def tables(rollouts: list[Any], calls: list[Call], rewards: list[Reward] | None = None) -> dict[str, pa.Table]:

@@ -2,15 +2,21 @@
 
 import asyncio
 import contextvars
+import functools
 import json
 import threading
 import time
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import raygent
+from raygent.actors import agent_runner, grading
 from raygent.actors.agent_runner import AgentRunner, Recorder
 from raygent.actors.grading import Grader, GraderError, grade_once
+from raygent.actors.rollout_worker import RolloutWorker
+from raygent.actors.subprocess_agent import read_events
 from raygent.agent import (
     AGENT_OFFERS,
     GRADER_OFFERS,
@@ -22,7 +28,8 @@ from raygent.agent import (
     read_verdict,
 )
 from raygent.config import Config, ConfigError
-from raygent.emit import sink
+from raygent.emit import EVENTS_FILE, sink
+from raygent.records import Lease, Rollout
 
 ENDPOINT = ModelEndpoint("http://127.0.0.1:1/app/a/rg-key.sig/v1", "rg-key.sig")
 
@@ -88,9 +95,19 @@ def test_parameters_by_name_and_by_place():
     assert call(lambda *all_of_it: all_of_it) == ("T", "M")
     graded = ("I", "P", "O")
     assert call(lambda output, private: (output, private), GRADER_OFFERS, graded) == ("O", "P")
-    assert call(lambda a, b, c: (a, b, c), GRADER_OFFERS, graded) == graded
+    assert call(lambda *all_of_it: all_of_it, GRADER_OFFERS, graded) == graded
+    for unlike in (lambda output, expected: 0, lambda predicted, gold, question: 0, lambda a, b, c: 0):
+        with pytest.raises(ConfigError, match=r"it is called with \(input, private, output\)"):
+            arguments(unlike, GRADER_OFFERS, graded, "grader.run")
+    with pytest.raises(ConfigError, match=r"takes \(llm, task\)"):
+        arguments(lambda llm, task: None, AGENT_OFFERS, (1, 2), "agent.run")
+    with pytest.raises(ConfigError, match=r"grader\.run: its parameters are not to be seen"):
+        arguments(max, GRADER_OFFERS, graded, "grader.run")
     with pytest.raises(ConfigError, match=r"agent\.run: takes \(a, b, c\); it is called with \(task, model\)"):
         arguments(lambda a, b, c: None, AGENT_OFFERS, (1, 2), "agent.run")
+
+
+DEEP = functools.reduce(lambda inner, _: [inner], range(3000), [])
 
 
 def test_verdicts():
@@ -107,6 +124,13 @@ def test_verdicts():
             read_verdict(wrong, "the agent")
     with pytest.raises(TypeError, match="not str"):
         read_verdict({"reward": "high"}, "the agent")
+    assert read_verdict(np.bool_(True), "the grader").value == 1.0
+    scored = read_verdict({"reward": np.float32(0.5), "rows": np.int64(2), "right": np.array(True)}, "the grader")
+    assert (scored.value, scored.components) == (0.5, {"rows": 2.0, "right": 1.0})
+    with pytest.raises(ValueError, match="finite"):
+        read_verdict(10**400, "the agent")
+    with pytest.raises(ValueError, match="nested"):
+        plain(DEEP)
     assert plain({"rows": [(1, "a")]}) == {"rows": [[1, "a"]]}
     with pytest.raises(TypeError):
         plain({1, 2})
@@ -120,6 +144,18 @@ def test_emitting_outside_a_run_does_nothing_but_check():
         raygent.emit_reward(float("nan"))
     with pytest.raises(TypeError, match="not str"):
         raygent.emit_reward("1")
+
+
+def test_what_a_process_emits_is_read_back_whatever_it_is(tmp_path, monkeypatch):
+    file = tmp_path / "events.jsonl"
+    file.touch()
+    monkeypatch.setenv(EVENTS_FILE, str(file))
+    for told in ("half \ud800", 10**5000, DEEP):
+        with raygent.span("told", what=told):
+            pass
+    first, *others = [event["attributes"] for event in read_events(file.read_bytes())]
+    assert first == {"what": "half \ud800"}
+    assert [other["not_json"].partition(":")[0] for other in others] == ["ValueError", "RecursionError"]
 
 
 def test_emitted_records_of_tasks_threads_and_decorators():
@@ -249,6 +285,7 @@ def hangs(private, output):
         os.system("sleep 7331")
     return 1
 async def hangs_in_task(private, output): await asyncio.sleep(60)
+async def blocks(private, output): time.sleep(4)
 def process(private, output): return os.getpid()
 """
 
@@ -276,6 +313,17 @@ def test_graders(tmp_path):
             grade(name, private="hang")
 
 
+def test_an_async_grader_that_blocks_the_loop_is_told(tmp_path, monkeypatch):
+    (tmp_path / "graders_of_test.py").write_text(GRADERS)
+    monkeypatch.setattr(agent_runner, "CANCEL_S", 0.1)
+    config = config_of(tmp_path, "graders_of_test.py:blocks", "graders_of_test.py:blocks")
+    worker = SimpleNamespace(config=config, runner=AgentRunner(config))
+    lease = Lease(Rollout("r", "1", "g", "train", 0, 0, "question", "gold"), 1, 0.0)
+    with pytest.raises(GraderError, match=r"graders_of_test.py:blocks: .*grader\.timeout_s = 1 s; .*blocked the event"):
+        asyncio.run(RolloutWorker._grade(worker, Grader(config, 1), lease, "answer"))
+    assert worker.runner.worn(100)
+
+
 def test_hung_graders_are_killed_and_hold_up_nobody(tmp_path, processes_of):
     (tmp_path / "graders_of_test.py").write_text(GRADERS)
 
@@ -290,6 +338,18 @@ def test_hung_graders_are_killed_and_hold_up_nobody(tmp_path, processes_of):
 
     asyncio.run(many())
     assert processes_of("sleep 7331") == []
+
+
+def test_a_grader_process_that_cannot_be_started_keeps_no_place(tmp_path, monkeypatch):
+    def no_process(*_, **__):
+        raise BlockingIOError("no more processes")
+
+    (tmp_path / "graders_of_test.py").write_text(GRADERS)
+    monkeypatch.setattr(grading, "Supervised", no_process)
+    grader = Grader(config_of(tmp_path, grader="graders_of_test.py:exact"), 1)
+    with pytest.raises(BlockingIOError):
+        asyncio.run(grader.grade("q", "gold", "x"))
+    assert grader.started == 0
 
 
 def test_quick_graders_share_few_processes(tmp_path):

@@ -134,17 +134,20 @@ def test_a_group_of_one_cannot_be_compared() -> None:
 
 
 def test_an_agents_own_reward_is_compared_instead_of_the_rollouts() -> None:
-    rollouts = [rollout("a", "g", 1.0), rollout("b", "g", 0.0)]
-    calls = [spoken(name, agent, sequence=place) for name in "ab" for place, agent in enumerate(["main", "critic"])]
+    rollouts = [rollout("a", "g", 1.0), rollout("b", "g", 0.0), rollout("c", "g", 0.5, "failed")]
+    calls = [spoken(name, agent, sequence=place) for name in "abc" for place, agent in enumerate(["main", "critic"])]
     rewards = [
         reward("a", 0.9, "critic", sequence=0),
         reward("a", 0.0, "critic", sequence=2),  # the last one counts
         reward("a", 0.5, "critic", sequence=3, call_sequence=1),  # of a turn, not of the agent
+        reward("a", 7.0, "critic", sequence=4, name="style"),  # a component
         reward("b", 1.0, "critic", sequence=0),
+        reward("c", 7.0, "critic", sequence=0),  # its rollout failed
     ]
     samples, _ = make_samples(tables(rollouts, calls, rewards), config(algorithm={"normalise_std": False}))
     signs = {(one.rollout_id, one.agent): float(one.advantages[one.loss_mask][0]) for one in samples}
-    assert signs == {("a", "main"): 0.5, ("b", "main"): -0.5, ("a", "critic"): -0.5, ("b", "critic"): 0.5}
+    mains = {("a", "main"): 0.5, ("b", "main"): -0.5, ("c", "main"): 0.0}
+    assert signs == mains | {("a", "critic"): -0.5, ("b", "critic"): 0.5, ("c", "critic"): 0.0}
 
 
 def test_only_agents_that_match_are_trained() -> None:

@@ -31,6 +31,9 @@ def answer(task, model):
 def grade(input, private, output):
     return float(private == output)
 
+def unlike(output, expected):
+    return 0
+
 def greedy(task, model, temperature, seed):
     return task
 
@@ -153,6 +156,8 @@ WRONG_SECTIONS = {
     "model_misspelt": ({"model": 'path = "./modl"'}, r"model\.path: no folder .*modl; did you mean .*model\?"),
     "model_far_off": ({"model": 'path = "/no/such/model"'}, r"model\.path: no folder .*; give a Hugging Face id"),
     "model_file": ({"model": 'path = "model/model.safetensors"'}, r"model\.path: .* is a file; give the folder"),
+    "no_home": ({"data": 'train = "~nobody-of-test/x.jsonl"'}, r"data\.train: nobody's home .*; write the path out"),
+    "kl_kind": ({"algorithm": 'kl_kind = "k1"'}, r"algorithm\.kl_kind: should be 'k2' or 'k3', not 'k1'"),
     "no_template": ({"model": 'path = "model"\nchat_template = "x.jinja"'}, r"model\.chat_template: no file .*Jinja"),
     "context": ({"model": 'path = "model"\ncontext = 4096'}, r"model\.context: 4096 is more than the model's 512"),
     "tool_parser": ({"model": 'path = "model"\ntool_parser = "hermez"'}, r"model\.tool_parser: vLLM has no 'hermez'; did"),
@@ -168,6 +173,8 @@ WRONG_SECTIONS = {
     "agent_exits": ({"agent": 'run = "crash.py:answer"'}, r"agent\.run: .* cannot be imported: SystemExit"),
     "no_grader_file": ({"grader": 'run = "reward.py:rows"'}, r"grader\.run: no file .*relative to the TOML"),
     "grader_raises": ({"grader": 'run = "broken.py:grade"'}, r"grader\.run: .* cannot be imported: RuntimeError"),
+    "grader_in_c": ({"grader": 'run = "builtins:max"'}, r"grader\.run: its parameters are not to be seen"),
+    "grader_asks_else": ({"grader": 'run = "adder.py:unlike"'}, r"grader\.run: takes \(output, expected\); it is called"),
     "no_program": ({"agent": 'command = ["no-such-program"]'}, r"agent\.command: no program .* on PATH; install it"),
     "no_program_here": ({"agent": 'command = ["./agent.sh"]'}, r"agent\.command: no program .*/agent\.sh that can be run"),
     "no_script": ({"agent": 'command = ["python3", "agent.py"]'}, r"agent\.command: no file .*agent\.py; paths are"),
@@ -238,6 +245,7 @@ def test_a_wrong_override_is_one_line(project, capsys, override, expected):
         ('{"id": 1, "input": 1}\n{"id": "1", "input": 2}', r"line 2 repeats the id '1' of line 1; ids are unique"),
         ('{"id": null, "input": 1}', r"line 1: the id is a text or a whole number, not None"),
         (b"\xff\xfe", r"is not UTF-8 at byte 0"),
+        ("[" * 3000, r"line 1 is not JSON: .*recursion"),
     ],
 )
 def test_wrong_tasks_are_one_line(project, capsys, content, expected):
@@ -309,6 +317,21 @@ def test_a_run_that_goes_on(project, capsys, monkeypatch):
     with (project / "runs/run/store/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "run.name: " in (said := refused(capsys, "train", project / "train.toml")) and "goes on" in said
+
+
+def test_try_leaves_a_try_that_goes_on_alone(project, capsys, monkeypatch):
+    monkeypatch.setattr(dry_run, "ENDING_S", 0.2)
+    (project / "runs/run-try/store").mkdir(parents=True)
+    with (project / "runs/run-try/store/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "run-try goes on" in refused(capsys, "try", project / "train.toml")
+    assert (project / "runs/run-try/store/lock").exists()
+
+
+def test_an_input_that_no_process_can_be_given(project, capsys):
+    (project / "train.jsonl").write_text(json.dumps({"id": 1, "input": "x" * (128 << 10)}))
+    said = refused(capsys, "train", project / "train.toml", "agent.in=subprocess")
+    assert "data.train: task 1: its input is over" in said
 
 
 def test_evaluate_wants_held_out_tasks_and_try_a_task_that_is_there(project, capsys):

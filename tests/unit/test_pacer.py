@@ -1,3 +1,4 @@
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -32,6 +33,8 @@ def test_data_order_covers_each_epoch_and_depends_on_seed_and_step_alone(config)
 def test_eval_runs_each_task(config):
     rollouts = eval_rollouts(config, [Task("a", 1), Task("b", 2)], 5, 9)
     assert [(rollout.task_id, rollout.resource_version) for rollout in rollouts] == [("a", 9), ("b", 9)]
+    edited = eval_rollouts(config, [Task("a", 1), Task("b", 2, "gold")], 5, 9)
+    assert [one.rollout_id == two.rollout_id for one, two in zip(rollouts, edited, strict=True)] == [True, False]
 
 
 def test_admission_is_bounded_by_staleness_and_the_last_step(config):
@@ -45,6 +48,7 @@ def test_a_version_is_never_given_twice(tmp_path):
     resumed = Versions(tmp_path)  # back at a checkpoint of step 1
     assert resumed.issue(2) == 4
     assert (resumed.at(0), resumed.at(1), resumed.at(2)) == (0, 1, 4)
+    assert resumed.steps_of(np.array([0, 1, 4])).tolist() == [0, 1, 2]
 
 
 def test_stale_rollouts_are_left_out_of_every_table():

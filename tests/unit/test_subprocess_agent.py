@@ -64,6 +64,7 @@ def test_what_a_command_gives_back(tmp_path):
     assert last_line('a\n{"reward": 1}\n') == {"reward": 1}
     assert last_line("SELECT 1\n") == "SELECT 1"
     assert last_line(" \n") is None
+    assert last_line("[" * 3000) == "[" * 3000
     ended, _ = shell(tmp_path, "echo trace >&2; exit 3")
     assert ended.how == "raised" and ended.error == "trace\nthe agent's process ended with exit code 3"
     ended, _ = run(config_of(tmp_path, command=["no-such-program-of-test"]))
@@ -163,4 +164,6 @@ def test_a_python_agent_in_a_process_of_its_own(tmp_path, monkeypatch):
 
 def test_an_events_file_is_the_agents_to_write_what_it_likes():
     good = b'{"table": "rewards", "value": 1}'
-    assert read_events(good + b'\n[1]\n\xff\xfe\n{"table": "seal"}\n{"table": "rewards", "va') == [json.loads(good)]
+    assert read_events(
+        b"[" * 3000 + b"\n" + good + b'\n[1]\n\xff\xfe\n{"table": "seal"}\n{"table": "rewards", "va'
+    ) == [json.loads(good)]
