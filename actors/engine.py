@@ -134,7 +134,7 @@ class Engine:
             app,
             self.secret,
             self.config.agent.max_calls,
-            lambda: self.version >= 0,
+            lambda: self._served_version() >= 0,
             2 * self.config.agent.timeout_s + KEY_SLACK_S,
             self.config.model.max_tokens,
         )
@@ -149,11 +149,15 @@ class Engine:
         return {
             "source": self.source,
             "pid": os.getpid(),
-            "version": self.version,
+            "version": self._served_version(),
             "node": node_name(),
             "running": len(self.llm.output_processor.request_states),
             "sampled_tokens": self.llm.sampled_tokens,
         }
+
+    def _served_version(self) -> int:
+        """-1 before the first weights are told, and again once vLLM's EngineCore has died: Serve replaces the replica then."""
+        return -1 if self.llm.errored else self.version
 
     async def close_attempts(
         self, attempts: list[tuple[str, int]]

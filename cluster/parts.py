@@ -155,7 +155,7 @@ class Parts:
                 else:
                     self.engine.adopt(self.version)
         except EngineUnavailable as error:  # it is being replaced: seen to next time
-            logger.warning("%s", error)
+            logger.warning("%s", _last_line(error))
 
     def gate(self, samples: list[Sample]) -> None:
         """Once after every start: engine and learner must agree on what the batch's tokens cost. Raises GateError.
@@ -204,7 +204,7 @@ class Parts:
             except EngineUnavailable as error:
                 if time.monotonic() > deadline:
                     raise
-                logger.warning("%s", error)
+                logger.warning("%s", _last_line(error))
                 time.sleep(1)
 
     def drop(self, rollout_ids: list[str]) -> None:
@@ -238,3 +238,8 @@ class Parts:
             "rollouts": ray.get(self.store.status.remote()),
             "seconds": {part: round(value, 2) for part, value in self.totals.items()},
         }
+
+
+def _last_line(error: EngineUnavailable) -> str:
+    """What failed; before it Ray puts the stack of the actor it failed in."""
+    return str(error).rstrip().rpartition("\n")[2]
