@@ -197,14 +197,16 @@ class Parts:
         Raises EngineUnavailable where none comes back.
         """
         assert self.learners
-        deadline = time.monotonic() + START_DEADLINE_S
+        deadline, told = time.monotonic() + START_DEADLINE_S, False
         while True:
             try:
                 return self.learners.push(self.engine, self.version)
             except EngineUnavailable as error:
                 if time.monotonic() > deadline:
                     raise
-                logger.warning("%s", _last_line(error))
+                if not told:
+                    logger.warning("waiting for the engine: %s", _last_line(error))
+                told = True
                 time.sleep(1)
 
     def drop(self, rollout_ids: list[str]) -> None:

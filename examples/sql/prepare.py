@@ -22,11 +22,11 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
-EACH = {"train": 100, "validation": 10, "test": 10}  # tasks for each of 4 databases and 10 kinds
+EACH = {"train": 100, "validation": 10, "test": 20}  # tasks for each of 4 databases and 10 kinds
 DEMONSTRATIONS = 1500
 BATCH, LEARNING_RATE, MOST_STEPS = 32, 4e-3, 400
-ENOUGH = 0.40  # share of validation demonstrations whose last query the model would write as it stands
-LOOK_EVERY = 20  # steps
+ENOUGH = 0.28  # share of validation demonstrations whose last query the model would write as it stands
+LOOK_EVERY = 10  # steps
 SEED = 0
 
 SPECIAL = ["<|pad|>", "<|unknown|>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
