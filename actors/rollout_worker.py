@@ -290,11 +290,20 @@ class Closer:
 
 def localised(config: Config, root: str) -> Config:
     """The config with the paths of this node, where the driver's folder `root` is a copy of this process's own."""
-    here = Path.cwd()
-    path = Path(config.path)
+    here, path = working_folder(), Path(config.path)
     if root and not path.exists() and path.is_relative_to(root) and (here / path.relative_to(root)).exists():
         config.path = str(here / path.relative_to(root))
     return config
+
+
+def working_folder() -> Path:
+    """Where this process works. Two raylets on one machine share the copy of the job's files, and the second makes it anew:
+    this process then works in a folder that is gone, and goes into the new one."""
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        os.chdir(os.environ["PWD"])
+        return Path.cwd()
 
 
 def make_worker(config: Config, store: Any, engine: Any, secret: str, name: str) -> Any:
@@ -302,5 +311,5 @@ def make_worker(config: Config, store: Any, engine: Any, secret: str, name: str)
     return (
         ray.remote(RolloutWorker)
         .options(num_cpus=config.workers.cpus, scheduling_strategy="SPREAD", max_restarts=0)
-        .remote(config.model_dump_json(by_alias=True), store, engine, secret, name, os.getcwd())
+        .remote(config.model_dump_json(by_alias=True), store, engine, secret, name, str(working_folder()))
     )

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from running import Training, check_run, gone, kill, make_run, of_run
 
 from raygent.cluster.metrics import read_lines

@@ -12,8 +12,6 @@ from pathlib import Path
 import psutil
 import pyarrow.parquet as pq
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
 from running import Training, gone, kill, make_run, of_run
 
 from raygent.actors.store_state import read_store

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_engine import start_tiny_engine
 
 from raygent.actors.replay_store import ReplayStore
-from raygent.actors.rollout_worker import localised, make_worker
+from raygent.actors.rollout_worker import localised, make_worker, working_folder
 from raygent.actors.worker_pool import WorkerPool
 from raygent.config import Config
 from raygent.records import Rollout
@@ -307,3 +307,14 @@ def wait_for(true, timeout_s=40):
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_a_working_folder_made_anew_is_gone_into(tmp_path, monkeypatch):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PWD", str(folder))
+    folder.rmdir()
+    folder.mkdir()
+    (folder / "new").touch()
+    assert working_folder() == folder and Path("new").exists()

@@ -1,4 +1,4 @@
-"""The agent of the chaos tests: two turns, and a line in a ledger of its own for every reply it got."""
+"""The agent of the tests that run whole trainings: two turns, and a line in a ledger of its own for every reply it got."""
 
 import json
 import os

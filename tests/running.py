@@ -4,12 +4,12 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pyarrow.parquet as pq
+from tiny_model import make_tiny_model
 
 from raygent.cluster.metrics import read_lines
 
@@ -53,11 +53,8 @@ mode = "offline"
 
 def make_run(folder: Path, steps: int) -> Path:
     """A folder with all a run needs; its TOML."""
-    sys.path.insert(0, str(HERE.parent))
-    from tiny_model import make_tiny_model
-
     make_tiny_model(folder / "model")
-    (folder / "agent.py").write_text((HERE / "agent.py").read_text())
+    (folder / "agent.py").write_text((HERE / "ledger_agent.py").read_text())
     tasks = [json.dumps({"id": str(number), "input": f"Say a word of {number} letters."}) for number in range(40)]
     (folder / "train.jsonl").write_text("\n".join(tasks[:32]))
     (folder / "eval.jsonl").write_text("\n".join(tasks[32:]))
