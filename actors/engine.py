@@ -164,7 +164,7 @@ class Engine:
     ) -> tuple[str, dict[tuple[str, int], dict[str, Any]]]:
         """End the attempts: refuse their keys, cancel what they have in flight, and wait until it is recorded.
 
-        Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls"}.
+        Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls", "failed"}.
         """
         states = {key: self.gateway.end_attempt(*key) for key in attempts}
         while any(state.tasks or state.recording for state in states.values()):
@@ -175,7 +175,12 @@ class Engine:
                 self.responses.msg_store.pop(response, None)
             state.responses.clear()
         return self.source, {
-            key: {"calls": state.recorded, "overflow": state.overflow, "over_max_calls": state.over_max_calls}
+            key: {
+                "calls": state.recorded,
+                "overflow": state.overflow,
+                "over_max_calls": state.over_max_calls,
+                "failed": state.failed or self.llm.errored,
+            }
             for key, state in states.items()
         }
 

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from raygent.agent import POLICY
 
@@ -101,6 +102,7 @@ class AttemptState:
     recorded: int = 0  # calls appended to the store: the next source_sequence
     overflow: bool = False  # a request did not fit the context
     over_max_calls: bool = False  # a request was refused for agent.max_calls
+    failed: bool = False  # a request was answered with a 5xx
     ended: bool = False
     tasks: set[asyncio.Task] = field(default_factory=set)  # requests not answered yet
     recording: set[asyncio.Task] = field(default_factory=set)  # calls on their way to the store
@@ -202,6 +204,7 @@ class Gateway:
         if scope["method"] == "GET":
             return await self.app(_at(scope, rest, headers), receive, send)
         if not self.ready():
+            state.failed = True
             return await refuse(
                 503, "overloaded_error", "this replica waits for the current weights", {"retry-after": "1"}
             )
@@ -224,7 +227,7 @@ class Gateway:
             message = f"agent.max_calls: this attempt has made its {self.max_calls} calls"
             return await refuse(429, "raygent_max_calls", message, {"x-should-retry": "false"})
         state.requests += bool(api)
-        agent = (matched and matched["agent"]) or headers.get("x-raygent-agent") or _named(request)
+        agent = (matched and unquote(matched["agent"] or "")) or headers.get("x-raygent-agent") or _named(request)
         only_prompt = api == "completions" and request.get("echo") and request.get("max_tokens") == 0
         context = CallContext(
             key,
@@ -262,6 +265,7 @@ class Gateway:
 
         async def watch(message: dict) -> None:
             nonlocal refused, told
+            context.state.failed |= message.get("status", 0) >= 500
             if message["type"] == "http.response.start" and message["status"] == 400:
                 refused = message
                 return

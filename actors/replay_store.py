@@ -144,7 +144,7 @@ class ReplayStore:
             for rollout in taken.values():
                 heapq.heappush(self.queue, _place(rollout))
             raise
-        leases = [Lease(_rollout(taken[a.rollout_id]), a.attempt, time.time() + self.lease_s) for a in attempts]
+        leases = [Lease(_rollout(taken[a.rollout_id]), a.attempt, taken[a.rollout_id].failures) for a in attempts]
         if leases:
             await self._durable()
         return leases

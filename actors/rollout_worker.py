@@ -131,7 +131,7 @@ class RolloutWorker:
         try:
             closed = await closing
             self.sources = frozenset(closed)
-            check_engine(ended, sources, self.sources, endpoint)
+            check_engine(ended, sources, closed, endpoint)
             outcome, error, verdict = await self._judge(lease, ended, closed, recorder)
         except EngineLost as lost:
             outcome, error, verdict = "engine_lost", f"{lost}\n{ended.error}", None
@@ -161,6 +161,9 @@ class RolloutWorker:
         if ended.how != "returned":
             return outcome_of(ended, closed), ended.error, None
         if not any(of["calls"] for of in closed.values()):
+            refused = outcome_of(ended, closed)
+            if refused != "agent_error":
+                return refused, "the agent returned, though every call of it was refused", None
             return "no_call", NO_CALL, None
         try:
             output = plain(ended.value)
@@ -200,12 +203,13 @@ class RolloutWorker:
 
         An engine that broke a call may still look well for a while: each attempt waits longer than the one before.
         """
-        if lease.attempt >= self.config.workers.max_attempts:
+        tries = lease.failures + 1
+        if tries >= self.config.workers.max_attempts:
             return
         key = (lease.rollout.rollout_id, lease.attempt)
         self.without_engine.add(key)
         try:
-            await asyncio.sleep(ENGINE_PAUSE_S * lease.attempt**2)
+            await asyncio.sleep(ENGINE_PAUSE_S * tries**2)
             await self._engine_is_back()
         finally:
             self.without_engine.discard(key)
@@ -246,14 +250,19 @@ class RolloutWorker:
             await asyncio.sleep(self.config.workers.lease_s / 4)
 
 
-def check_engine(ended: Ended, before: frozenset[str], now: frozenset[str], endpoint: ModelEndpoint) -> None:
+def check_engine(ended: Ended, before: frozenset[str], closed: Closed, endpoint: ModelEndpoint) -> None:
     """Raises EngineLost where a replica went away during the attempt, or the agent failed by the engine's failing.
 
-    Whether the agent got over the first does not matter: what it met was not its doing.
+    Whether the agent got over the first does not matter: what it met was not its doing. Of a process no exception is to be
+    had: it failed by the engine's failing where it failed after a call that the engine did not serve.
     """
-    if gone := before - now:
+    if gone := before - set(closed):
         raise EngineLost(f"engine replica {', '.join(sorted(gone))} went away during the attempt")
-    if engine_failed(ended.exception, endpoint.anthropic_base_url):
+    unserved = any(of["failed"] for of in closed.values())
+    did_nothing = not any(of["calls"] for of in closed.values())
+    if engine_failed(ended.exception, endpoint.anthropic_base_url) or (
+        unserved and (did_nothing or (ended.how != "returned" and ended.exception is None))
+    ):
         raise EngineLost("the engine did not serve the agent's call")
 
 

@@ -131,7 +131,7 @@ def run_command(
         for reader in readers:
             reader.join()
         supervised.stop()
-        written = Path(events.name).read_bytes()[:EVENTS_BYTES]
+        written = Path(events.name).read_bytes()
     texts = {name: end.decode(errors="replace") for name, end in ends.items()}
     return CommandEnd(code, texts["stdout"], texts["stderr"], read_events(written))
 
@@ -146,14 +146,17 @@ def kept_of(stream: IO[bytes]) -> bytes:
 
 
 def read_events(written: bytes) -> list[dict[str, Any]]:
-    """The whole lines of an events file; a last line cut by a kill is left out."""
-    events = []
+    """The whole lines of an events file; a last line cut by a kill is left out, and what is over EVENTS_BYTES except results."""
+    events: list[dict[str, Any]] = []
+    size = 0
     for line in written.split(b"\n")[:-1]:
+        size += len(line) + 1
         try:
             event = json.loads(line)
         except (ValueError, RecursionError):
             continue  # not ours: the file is the agent's to write to
-        if isinstance(event, dict) and event.get("table") in ("rewards", "spans", "result"):
+        wanted = ("rewards", "spans", "result") if size <= EVENTS_BYTES else ("result",)
+        if isinstance(event, dict) and event.get("table") in wanted:
             events.append(event)
     return events
 

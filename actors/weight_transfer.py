@@ -156,6 +156,7 @@ def push_nccl(
     model: torch.nn.Module, zero_stage: int, rank: int, engine: EngineUpdates, version: int
 ) -> dict[str, float]:
     """As push_cpu, from GPU to GPU by vLLM's own NCCL backend; a fresh group a push, so that replaced replicas join."""
+    import ray
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
@@ -193,7 +194,7 @@ def push_nccl(
             with socket.socket() as probe:
                 probe.bind(("", 0))
                 port = probe.getsockname()[1]
-            info = NCCLTrainerInitInfo(socket.gethostbyname(socket.gethostname()), port, workers + 1, rank=rank)
+            info = NCCLTrainerInitInfo(ray.util.get_node_ip_address(), port, workers + 1, rank=rank)
             sender = NCCLTrainerWeightTransferEngine.trainer_init(info, client=Client(), source=Source())
             sender.send_weights()
             sender.shutdown()
@@ -223,9 +224,11 @@ def _send_gloo(engine: EngineUpdates, bucket: Bucket, flat: torch.Tensor, receiv
     """Broadcast one bucket to `receivers` processes while the engines wait for it inside their update."""
     from concurrent.futures import ThreadPoolExecutor
 
+    import ray
+
     from raygent.actors.engine_handle import EngineUnavailable
 
-    host, port = socket.gethostbyname(socket.gethostname()), 0
+    host, port = ray.util.get_node_ip_address(), 0
     store: Any = None
     if group is None:
         store = torch.distributed.TCPStore(

@@ -21,10 +21,11 @@ from raygent.config import Config
 logger = logging.getLogger("raygent")
 LOOK_S = 0.5
 FAILED_START_S = 5.0  # a worker that ended sooner is not replaced at once
+SOON_S, MOST_SOON = 30.0, 20  # so many workers in a row that ended within this time: the next will too
 
 
 class WorkerPool:
-    """`start` and `stop` are the driver's; `sizes` may be read at any time."""
+    """`start` and `stop` are the driver's; `sizes` and `broken` may be read at any time."""
 
     def __init__(self, config: Config, store: Any, engine: Any, secret: str) -> None:
         self.config = config
@@ -35,6 +36,8 @@ class WorkerPool:
         self.leaving: set[Any] = set()  # told to stop
         self.made = 0
         self.replaced = 0
+        self.soon = 0  # workers in a row that ended soon after their start
+        self.broken = ""  # why no worker stays, where none does
         self.enough_since = time.monotonic()  # when the queue last asked for all there are
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="worker pool", daemon=True)
@@ -84,6 +87,9 @@ class WorkerPool:
                 continue
             self.replaced += 1
             logger.warning("%s ended: %s", name, why)
+            self.soon = self.soon + 1 if time.monotonic() - made < SOON_S else 0
+            if self.soon >= MOST_SOON:
+                self.broken = f"{self.soon} rollout workers in a row ended soon after their start, the last with: {why}"
             if time.monotonic() - made < FAILED_START_S:
                 self._end.wait(FAILED_START_S)
             if not self._end.is_set():

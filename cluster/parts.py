@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,6 +34,7 @@ from raygent.records import Rollout, Sample
 logger = logging.getLogger("raygent")
 NAMESPACE = "raygent"
 HEAL_EVERY_S = 5.0
+MOST_RESTARTS = 5  # of the learners from one checkpoint
 
 
 class GateError(RuntimeError):
@@ -57,6 +58,7 @@ class Parts:
         self.seconds: dict[str, float] = defaultdict(float)
         self.totals: dict[str, float] = defaultdict(float)
         self.gated = not learn
+        self.restarts: Counter[int] = Counter()  # of the learners, by the step they went on from
 
     def __enter__(self) -> Parts:
         quiet_environment()
@@ -143,6 +145,8 @@ class Parts:
         """Wait for the rollouts of `step` to end, keeping replicas and workers whole meanwhile; the store's tables of them."""
         while still_open := ray.get(self.store.wait.remote(step, mode, HEAL_EVERY_S)):
             logger.info("step %d: %d %s rollouts open", step, still_open, mode)
+            if self.pool.broken:
+                raise RuntimeError(self.pool.broken)
             self.heal()
         return ray.get(self.store.take.remote(step, mode))
 
@@ -225,10 +229,18 @@ class Parts:
         ray.get(self.store.roll.remote())
 
     def restart_learners(self) -> None:
-        """Fresh learners from the last checkpoint (or the first weights); the steps after it are done again."""
+        """Fresh learners from the last checkpoint (or the first weights); the steps after it are done again.
+
+        Raises RuntimeError where they died MOST_RESTARTS times since that checkpoint.
+        """
         assert self.learners
         checkpoint = latest_checkpoint(self.directory)
         self.step, self.version = (checkpoint.step, checkpoint.version) if checkpoint else (0, 0)
+        self.restarts[self.step] += 1
+        if self.restarts[self.step] > MOST_RESTARTS:
+            raise RuntimeError(
+                f"the learners died {MOST_RESTARTS} times between step {self.step} and the next checkpoint"
+            )
         self.learners.restart(checkpoint)
         ray.get(self.store.rewind.remote(self.step))
         self.push()

@@ -50,7 +50,7 @@ def quiet_environment() -> None:
 def before_ray() -> None:
     """What has to be in the environment before Ray is imported. A Ray of our own gets a token: other users stay out."""
     quiet_environment()
-    if "RAY_ADDRESS" not in os.environ:
+    if os.environ.get("RAY_ADDRESS", "local") == "local":
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
@@ -62,7 +62,9 @@ def submit_and_follow(config: Config, module: str, arguments: list[str]) -> int:
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("http"):
-        return _follow(address, module, arguments, {"working_dir": str(config.folder)})
+        return _follow(
+            address, module, arguments, {"working_dir": str(config.folder), "excludes": ["/runs/", "/wandb/"]}
+        )
     with local_ray(config) as dashboard:
         return _follow(dashboard, module, arguments, {})
 

@@ -45,6 +45,8 @@ OURS = {
     "weight_transfer_config": "",
     "data_parallel_size": "engine.replicas",
 }
+JOB_COPIES = "working_dir_files"  # Ray's folder of the copies that jobs get of their --working-dir
+SHARED = "which ends with the job; give one that stays and that all nodes see, as run.directory=/mnt/shared"
 ENDING_S = 10.0  # for a store whose driver has just been ended
 # Resident memory of the processes beside what is in them; measured with a small model on CPU.
 LEARNER_PROCESS, ENGINE_PROCESSES, WORKER_PROCESS = 1.0 * 2**30, 1.8 * 2**30, 0.3 * 2**30
@@ -76,6 +78,8 @@ def _check_run_directory(config: Config) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "cannot be written to" if there.is_dir() else "is a file"
         raise ConfigError(f"run.directory: {there} {what}; give another folder")
+    if JOB_COPIES in directory.parts:
+        raise ConfigError(f"run.directory: {directory} would lie in the job's own copy of your files, {SHARED}")
     if not config.run.resume and directory.is_dir() and any(directory.iterdir()):
         raise ConfigError(f"run.resume: false, and {directory} stands already; choose another run.name or delete it")
     if is_locked(directory / "store" / "lock"):
@@ -85,10 +89,19 @@ def _check_run_directory(config: Config) -> None:
     begun = directory / "config.toml"
     if begun.is_file():
         model = tomllib.loads(begun.read_text()).get("model", {}).get("path")
-        if model not in (None, config.model.path):
+        if model is not None and not _same_model(model, config):
             raise ConfigError(
                 f"model.path: {directory} was begun with {model}, not {config.model.path}; choose another run.name"
             )
+
+
+def _same_model(begun: str, config: Config) -> bool:
+    """Whether the run was begun with this model. One beside the TOML lies elsewhere in every job's copy of the files."""
+    path, before = Path(config.model.path), Path(begun)
+    if path.is_relative_to(config.folder) and JOB_COPIES in before.parts:
+        beside = path.relative_to(config.folder).parts
+        return before.parts[-len(beside) :] == beside
+    return before == path
 
 
 def is_locked(path: Path) -> bool:

@@ -37,8 +37,9 @@ class ModelEndpoint:
 
     def agent(self, name: str) -> ModelEndpoint:
         """The same model for the agent `name`: its calls are recorded, rewarded and trained under that name."""
+        # Quoted twice: servers undo one before they look for the slashes of a path.
         root = self.base_url.removesuffix("/v1").partition("/agent/")[0]
-        return replace(self, base_url=f"{root}/agent/{quote(name, safe='')}/v1")
+        return replace(self, base_url=f"{root}/agent/{quote(quote(name, safe=''))}/v1")
 
     @property
     def anthropic_base_url(self) -> str:

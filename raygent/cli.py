@@ -87,7 +87,7 @@ def _run(asked: argparse.Namespace, config: Config) -> int:
 
 def _path_for_job(config: Config) -> str:
     """The TOML as the job finds it: on a cluster in its own copy of the TOML's folder."""
-    from raygent.jobs.dry_run import cluster_resources
+    from raygent.jobs.dry_run import SHARED, cluster_resources
 
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":
@@ -97,6 +97,10 @@ def _path_for_job(config: Config) -> str:
             f"RAY_ADDRESS: {address} is no dashboard; give http://HOST:8265, or unset it to run on this machine"
         )
     cluster_resources(address)
+    if Path(config.run.directory).is_relative_to(config.folder):
+        raise ConfigError(
+            f"run.directory: {config.run.directory} would lie in the job's own copy of your files, {SHARED}"
+        )
     return Path(config.path).name
 
 

@@ -61,11 +61,11 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Lease:
-    """The right, until `expires`, to try `rollout` as attempt number `attempt` (from 1)."""
+    """The right to try `rollout` as attempt number `attempt` (from 1), after `failures` of infrastructure."""
 
     rollout: Rollout
     attempt: int
-    expires: float
+    failures: int = 0
 
 
 @dataclass

@@ -70,7 +70,8 @@ class TinyEngine:
     async def close_attempts(self, attempts):
         states = {key: self.gateway.end_attempt(*key) for key in attempts}
         return self.source, {
-            key: {"calls": state.recorded, "overflow": state.overflow, "over_max_calls": state.over_max_calls}
+            key: {name: getattr(state, name) for name in ("overflow", "over_max_calls", "failed")}
+            | {"calls": state.recorded}
             for key, state in states.items()
         }
 

@@ -53,8 +53,8 @@ def run_agent(config, task="task"):
 
 def test_endpoint_of_a_named_agent():
     named = ENDPOINT.agent("sql writer").agent("plan/ner")
-    assert named.base_url == "http://127.0.0.1:1/app/a/rg-key.sig/agent/plan%2Fner/v1"
-    assert named.anthropic_base_url == "http://127.0.0.1:1/app/a/rg-key.sig/agent/plan%2Fner"
+    assert named.base_url == "http://127.0.0.1:1/app/a/rg-key.sig/agent/plan%252Fner/v1"
+    assert named.anthropic_base_url == "http://127.0.0.1:1/app/a/rg-key.sig/agent/plan%252Fner"
     assert (named.api_key, named.model) == ("rg-key.sig", "policy")
 
 
@@ -318,7 +318,7 @@ def test_an_async_grader_that_blocks_the_loop_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(agent_runner, "CANCEL_S", 0.1)
     config = config_of(tmp_path, "graders_of_test.py:blocks", "graders_of_test.py:blocks")
     worker = SimpleNamespace(config=config, runner=AgentRunner(config))
-    lease = Lease(Rollout("r", "1", "g", "train", 0, 0, "question", "gold"), 1, 0.0)
+    lease = Lease(Rollout("r", "1", "g", "train", 0, 0, "question", "gold"), 1)
     with pytest.raises(GraderError, match=r"graders_of_test.py:blocks: .*grader\.timeout_s = 1 s; .*blocked the event"):
         asyncio.run(RolloutWorker._grade(worker, Grader(config, 1), lease, "answer"))
     assert worker.runner.worn(100)

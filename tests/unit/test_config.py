@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import psutil
@@ -309,6 +310,22 @@ def test_a_run_that_stands_already(project, capsys):
     said = refused(capsys, "train", toml, "run.name=mine")
     assert "model.path" in said and "was begun with /another/model" in said
     assert "run.directory" in refused(capsys, "train", toml, "run.directory=adder.py")
+    lost = "run.directory=/tmp/ray/session/runtime_resources/working_dir_files/_ray_pkg_1/runs"
+    assert "job's own copy" in refused(capsys, "train", toml, lost)
+
+
+def test_a_run_begun_by_a_job_with_another_copy_of_the_files(project):
+    run = project / "runs" / "mine"
+    run.mkdir(parents=True)
+    for begun, same in (
+        ("/ray/working_dir_files/1/model", True),
+        ("/ray/working_dir_files/1/other", False),
+        ("/model", False),
+    ):
+        (run / "config.toml").write_text(f'[model]\npath = "{begun}"\n')
+        config = load(project / "train.toml", ["run.name=mine"])
+        with nullcontext() if same else pytest.raises(ConfigError, match="was begun with"):
+            dry_run._check_run_directory(config)
 
 
 def test_a_run_that_goes_on(project, capsys, monkeypatch):

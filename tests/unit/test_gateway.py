@@ -169,6 +169,19 @@ async def test_the_model_name_names_the_agent(model, agent):
     assert app.contexts[0].agent == agent and app.requests == [{"model": POLICY}]
 
 
+async def test_a_name_may_hold_a_slash():
+    app = App()
+    assert (await call(gate(app), f"/a/{key_for()}/agent/plan%2Fner/v1/messages"))[0] == 200
+    assert app.contexts[0].agent == "plan/ner"
+
+
+@pytest.mark.parametrize("status", [200, 400, 404, 500, 503])
+async def test_it_is_remembered_that_a_call_was_not_served(status):
+    door = gate(App(status))
+    await call(door, f"/a/{key_for()}/v1/messages")
+    assert door.end_attempt("r", 1).failed == (status >= 500)
+
+
 async def test_a_name_that_utf8_does_not_know_is_mended():
     app = App()
     await call(gate(app), f"/a/{key_for()}/v1/responses", rb'{"model": "\ud800"}')

@@ -43,6 +43,11 @@ async def answer(task, model):
         return await ask(model.agent("planner"))
     if task == "greedy":
         return [await ask(model) for _ in range(9)]
+    if task == "swallows":
+        try:
+            return await ask(model, "overflow")
+        except httpx.HTTPStatusError:
+            return "yes"
     if task == "unanswered":
         asyncio.get_running_loop().create_task(ask(model, "slow"))
         await asyncio.sleep(0.3)
@@ -158,8 +163,8 @@ def setup(cluster, tmp_path):
 
 def test_outcomes_with_a_grader(setup):
     tasks = ["fine", "wrong", "ungradable", "named", "no call", "raises", "hangs", "overflow", "greedy"]
-    tasks += ["no json", "deep"]
-    private = ["yes", "no", "bad", *["yes"] * 8]
+    tasks += ["no json", "deep", "swallows"]
+    private = ["yes", "no", "bad", *["yes"] * 9]
     on = setup("answer", grader="graded.py:grade", timeout_s=15.0)
     worker, running = on.worker()
     on.ask(tasks, private)
@@ -177,6 +182,7 @@ def test_outcomes_with_a_grader(setup):
         "greedy": ("failed", "max_calls", -1.0),
         "no json": ("failed", "agent_error", -1.0),
         "deep": ("failed", "agent_error", -1.0),
+        "swallows": ("failed", "context_overflow", -1.0),
     }
     assert all(row["attempts"] == 1 for row in ended.values())
     assert [call["agent"] for call in ended["named"]["calls"]] == ["planner"]
@@ -209,6 +215,17 @@ def test_a_call_still_in_flight_at_the_end_is_cut_off(setup):
     on.worker()
     on.ask(["unanswered"], ["yes"])
     assert on.ended()["unanswered"]["outcome"] == "no_call"
+
+
+def test_what_the_engine_broke_in_a_process_is_tried_again_too(setup):
+    on = setup("answer", grader="graded.py:grade", workers={"max_attempts": 2}, **{"in": "subprocess"})
+    on.worker()
+    on.ask(["break", "raises"], ["yes", "yes"])
+    ended = on.ended()
+    assert ended["raises"]["outcome"] == "agent_error"
+    assert "break" not in ended  # lost
+    outcomes = [row["outcome"] for row in on.all_attempts() if "break" in row["rollout_id"]]
+    assert outcomes == ["engine_lost", "engine_lost"]
 
 
 def test_what_the_engine_broke_is_tried_again(setup):
@@ -318,3 +335,15 @@ def test_a_working_folder_made_anew_is_gone_into(tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "new").touch()
     assert working_folder() == folder and Path("new").exists()
+
+
+def test_workers_that_cannot_start_are_not_made_for_ever(setup, monkeypatch):
+    monkeypatch.setattr("raygent.actors.worker_pool.MOST_SOON", 2)
+    monkeypatch.setattr("raygent.actors.worker_pool.FAILED_START_S", 0.1)
+    pool = setup("no_such_function").pool()
+    pool.start()
+    deadline = time.monotonic() + 60
+    while not pool.broken and time.monotonic() < deadline:
+        time.sleep(0.2)
+    pool.stop()
+    assert "2 rollout workers in a row ended soon" in pool.broken and "no_such_function" in pool.broken

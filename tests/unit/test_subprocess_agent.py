@@ -167,3 +167,10 @@ def test_an_events_file_is_the_agents_to_write_what_it_likes():
     assert read_events(
         b"[" * 3000 + b"\n" + good + b'\n[1]\n\xff\xfe\n{"table": "seal"}\n{"table": "rewards", "va'
     ) == [json.loads(good)]
+
+
+def test_events_beyond_the_limit_are_left_out_the_result_is_not(monkeypatch):
+    lines = [json.dumps({"table": table, "value": 1}) for table in ["spans"] * 9 + ["result"]]
+    monkeypatch.setattr("raygent.actors.subprocess_agent.EVENTS_BYTES", 3 * (len(lines[0]) + 1))
+    found = read_events(("\n".join(lines) + "\n").encode())
+    assert [event["table"] for event in found] == ["spans"] * 3 + ["result"]
