@@ -61,12 +61,12 @@ def vllm_flags(config: Config, model: str) -> list[str]:
         "enable_auto_tool_choice": bool(config.model.tool_parser),
         "reasoning_parser": config.model.reasoning_parser,
         "chat_template": config.model.chat_template,
-        "weight_transfer_config": {"backend": "nccl" if config.engine.gpus else BACKEND},
+        "weight_transfer_config": {"backend": "nccl" if config.nccl else BACKEND},
         "enable_log_requests": False,
         "disable_uvicorn_access_log": True,
     }
     if config.engine.gpus:
-        settings["tensor_parallel_size"] = config.engine.gpus
+        settings["tensor_parallel_size"] = max(1, int(config.engine.gpus))
     else:
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 256 * 2**20, "max_num_seqs": 128}
     settings |= config.engine.vllm_arguments()

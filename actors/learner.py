@@ -257,7 +257,7 @@ class Learner:
         """This rank's part in sending the weights to the engines as `version`."""
         from raygent.actors.weight_transfer import push_cpu, push_nccl
 
-        push = push_nccl if self.config.learner.gpus and self.config.engine.gpus else push_cpu
+        push = push_nccl if self.config.nccl else push_cpu
         return push(self.engine.module, self.config.learner.zero_stage, self.rank, engine, version)
 
     def save(self, folder: str, step: int, version: int) -> None:
@@ -323,7 +323,7 @@ class LearnerGroup:
 
     def start(self, checkpoint: Checkpoint | None) -> None:
         settings = self.config.learner
-        need = {"CPU": 1, "GPU": 1} if settings.gpus else {"CPU": 1}
+        need: dict[str, float] = {"CPU": 1, "GPU": settings.gpus} if settings.gpus else {"CPU": 1}
         self.group = placement_group([need] * settings.ranks, strategy="PACK")
         _wait_for(self.group, need, settings.ranks)
         environment = {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}

@@ -237,11 +237,13 @@ def _check_engine(config: Config) -> None:
             not isinstance(value, types[name]) or (isinstance(value, bool) and bool not in types[name])
         ):
             raise ConfigError(f"{key}: vLLM wants {' or '.join(t.__name__ for t in types[name])}, not {value!r}")
-    parallel = int(given.get("tensor_parallel_size", max(engine.gpus, 1))) * int(given.get("pipeline_parallel_size", 1))
-    if parallel != max(engine.gpus, 1):
+    parallel = int(given.get("tensor_parallel_size", max(int(engine.gpus), 1))) * int(
+        given.get("pipeline_parallel_size", 1)
+    )
+    if parallel != max(int(engine.gpus), 1):
         raise ConfigError(
             f"engine.tensor_parallel_size: a replica spread over {parallel} GPUs needs engine.gpus = {parallel}, "
-            f"not {engine.gpus}; leave tensor_parallel_size out to use engine.gpus"
+            f"not {engine.gpus:g}; leave tensor_parallel_size out to use engine.gpus"
         )
     if _on_cluster():
         return
@@ -298,12 +300,12 @@ def _check_gpus(config: Config) -> None:
     if sum(wanted.values()) > there:
         key = "engine.gpus" if wanted["engine"] > there - wanted["learner"] and wanted["engine"] else "learner.gpus"
         raise ConfigError(
-            f"{key}: the run asks for {sum(wanted.values())} GPUs (learner {wanted['learner']}, engine {wanted['engine']}) "
+            f"{key}: the run asks for {sum(wanted.values()):g} GPUs (learner {wanted['learner']:g}, engine {wanted['engine']:g}) "
             f"and there are {there}; lower learner.ranks, learner.gpus, engine.replicas or engine.gpus"
         )
 
 
-def gpus_wanted(config: Config) -> dict[str, int]:
+def gpus_wanted(config: Config) -> dict[str, float]:
     return {
         "learner": config.learner.ranks * config.learner.gpus,
         "engine": config.engine.replicas * config.engine.gpus,
@@ -430,7 +432,7 @@ def _has_template(folder: Path) -> bool:
 def _tell_cluster(config: Config, memory: dict[str, float]) -> None:
     cpus = config.learner.ranks + config.engine.replicas + config.workers.cpus * config.workers.max
     gpus = sum(gpus_wanted(config).values())
-    asked = f"cluster  up to {cpus:g} CPUs and {gpus} GPUs asked for"
+    asked = f"cluster  up to {cpus:g} CPUs and {gpus:g} GPUs asked for"
     if _on_cluster():
         address = os.environ["RAY_ADDRESS"]
         there = cluster_resources(address)

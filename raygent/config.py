@@ -150,7 +150,7 @@ class Learner(Section):
     micro_batch_tokens: int = Field(16384, ge=1)  # padded tokens a forward pass takes at most (one sample always fits)
     gradient_checkpointing: bool = False
     lora: None = None  # not there yet
-    gpus: int = Field(0, ge=0, le=1)  # a rank
+    gpus: float = Field(0, ge=0, le=1)  # a rank; a part of one, as 0.5, shares it with an engine
     threads: int = Field(1, ge=1)  # a rank, on CPU
     gate: float = Field(0.02, gt=0)  # the start gate's bound on the mean |engine - learner| logprob difference
 
@@ -161,7 +161,7 @@ class Engine(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True, validate_default=True, allow_inf_nan=False)
     replicas: int = Field(1, ge=1)
     temperature: float = Field(1.0, gt=0)  # of train rollouts, whatever the framework asks for
-    gpus: int = Field(0, ge=0)  # a replica
+    gpus: float = Field(0, ge=0)  # a replica; a part of one, as 0.5, shares it with a learner
     dtype: Literal["float32", "bfloat16"] | None = None  # None: learner.dtype
     threads: int = Field(2, ge=1)  # a replica, on CPU
     host: Text = "127.0.0.1"  # "0.0.0.0" on a cluster of several machines
@@ -245,7 +245,18 @@ class Config(Section):
             raise ValueError(
                 "learner.gpus: engines on GPUs take their weights from learners on GPUs; set learner.gpus = 1"
             )
+        if self.engine.gpus > 1 and self.engine.gpus % 1:
+            raise ValueError(
+                f"engine.gpus: {self.engine.gpus} is neither a whole number nor a part of one; choose {self.engine.gpus:.0f}"
+            )
+        if 0 < self.learner.gpus < 1 < self.learner.ranks:
+            raise ValueError("learner.gpus: ranks cannot share a GPU; set learner.gpus = 1, or learner.ranks = 1")
         return self
+
+    @property
+    def nccl(self) -> bool:
+        """Whether weights go from GPU to GPU; processes that share one GPU cannot, their weights go through memory."""
+        return self.learner.gpus == 1 and self.engine.gpus >= 1
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:

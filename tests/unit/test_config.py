@@ -187,6 +187,8 @@ WRONG_SECTIONS = {
     "vllm_flag_type": ({"engine": "max_num_seqs = true"}, r"engine\.max_num_seqs: vLLM wants int, not True"),
     "ours": ({"engine": "max_model_len = 128"}, r"engine\.max_model_len: raygent sets it; use model\.context"),
     "ours_alone": ({"engine": 'logprobs_mode = "raw_logprobs"'}, r"engine\.logprobs_mode: .*; leave it out"),
+    "ranks_on_one_gpu": ({"learner": "gpus = 0.5\nranks = 2"}, r"learner\.gpus: ranks cannot share a GPU; set learner\.gpus = 1"),
+    "one_and_a_half_gpus": ({"learner": "gpus = 1", "engine": "gpus = 1.5"}, r"engine\.gpus: 1\.5 is neither a whole number"),
     "tensor_parallel": ({"engine": "tensor_parallel_size = 2"}, r"engine\.tensor_parallel_size: .*needs engine\.gpus = 2"),
     "host": ({"engine": 'host = "192.0.2.1"'}, r"engine\.host: cannot serve on 192\.0\.2\.1"),
 }  # fmt: skip
