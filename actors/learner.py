@@ -396,7 +396,7 @@ class LearnerGroup:
         return ray.get(refs)
 
 
-def _wait_for(group: PlacementGroup, need: dict[str, int], ranks: int) -> None:
+def _wait_for(group: PlacementGroup, need: dict[str, float], ranks: int) -> None:
     started = time.monotonic()
     while not group.wait(timeout_seconds=15):
         waited = time.monotonic() - started
