@@ -134,7 +134,7 @@ class GraderProcess:
         self.supervised = Supervised(
             [sys.executable, "-m", "raygent.actors.grading", config.grader.run],
             config.folder,
-            scrubbed_environment(config),
+            scrubbed_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -103,6 +103,7 @@ class Learner:
             loaded, _ = self.engine.load_checkpoint(str(checkpoint.path), tag="optimiser")
             if loaded is None:
                 raise RuntimeError(f"{checkpoint.path}/optimiser does not load")
+        self.version = checkpoint.version if checkpoint else 0  # of the weights, as the engines have them
         self._note(start=checkpoint.step if checkpoint else 0)
 
     def _note(self, **fields: Any) -> None:
@@ -133,7 +134,8 @@ class Learner:
         """`algorithm.mini_batches` optimiser steps on this rank's share of `samples` (every rank gets them all).
 
         Returns the metrics of the whole group, the same on each rank. The first mini-batch is seen before any update, so
-        `mismatch_*` is |engine - learner| logprob under equal weights.
+        `mismatch_*`, of its tokens that were sampled from the weights of now, is |engine - learner| logprob under equal
+        weights. Where there are none (no samples, or all from older weights) it is left out.
         """
         started = time.monotonic()
         sums: dict[str, float] = {}
@@ -188,7 +190,8 @@ class Learner:
             _add(sums, "clip_fraction", told.get("actor/pg_clipfrac", 0.0) * count)
             _add(sums, "kl_old", float((difference.exp() - 1 - difference).sum()))
             if gaps is not None:
-                gaps.append(difference.abs().float().cpu().numpy())
+                current = batch.versions[mask] == self.version
+                gaps.append(difference[current].abs().float().cpu().numpy())
         if algorithm.entropy:
             loss = loss - algorithm.entropy * (entropy * mask * weights).sum()
         if self.reference is not None:
@@ -246,7 +249,7 @@ class Learner:
         torch.distributed.all_gather_object(every, np.concatenate(gaps) if gaps else np.zeros(0, np.float32))
         gap = np.concatenate(every)
         if not len(gap):
-            return {"mismatch_mean": 0.0, "mismatch_p99": 0.0, "mismatch_max": 0.0}
+            return {}
         return {
             "mismatch_mean": float(gap.mean()),
             "mismatch_p99": float(np.quantile(gap, 0.99)),
@@ -257,6 +260,7 @@ class Learner:
         """This rank's part in sending the weights to the engines as `version`."""
         from raygent.actors.weight_transfer import push_cpu, push_nccl
 
+        self.version = version
         push = push_nccl if self.config.nccl else push_cpu
         return push(self.engine.module, self.config.learner.zero_stage, self.rank, engine, version)
 

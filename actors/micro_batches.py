@@ -22,12 +22,13 @@ class MicroBatch:
     logprobs: torch.Tensor  # float32, the engine's
     advantages: torch.Tensor  # float32
     weights: torch.Tensor  # float32, of each masked token
+    versions: torch.Tensor  # int32, the policy version that sampled each masked token
     temperature: torch.Tensor  # float32
     places: list[int]
 
     def to(self, device: torch.device) -> MicroBatch:
         if device.type != "cpu":
-            for name in ("token_ids", "mask", "logprobs", "advantages", "weights", "temperature"):
+            for name in ("token_ids", "mask", "logprobs", "advantages", "weights", "versions", "temperature"):
                 setattr(self, name, getattr(self, name).to(device))
         return self
 
@@ -84,6 +85,7 @@ def to_micro_batch(entries: Share) -> MicroBatch:
         logprobs=padded([sample.logprobs for sample in samples]),
         advantages=padded([sample.advantages for sample in samples]),
         weights=padded([sample.loss_mask * np.float32(sample.weight) for sample in samples]),
+        versions=padded([sample.policy_versions for sample in samples]),
         temperature=padded([sample.temperature for sample in samples], 1),
         places=[place for place, _ in entries],
     )
@@ -91,4 +93,4 @@ def to_micro_batch(entries: Share) -> MicroBatch:
 
 def filler() -> MicroBatch:
     ones, zeros = torch.ones(1, 2), torch.zeros(1, 2)
-    return MicroBatch(zeros.long(), zeros.bool(), zeros, zeros, zeros, ones, [-1])
+    return MicroBatch(zeros.long(), zeros.bool(), zeros, zeros, zeros, zeros.int(), ones, [-1])

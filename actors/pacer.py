@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +35,8 @@ class Versions:
         self.given.append({"version": version, "step": step})
         with self.file.open("a") as file:
             file.write(json.dumps(self.given[-1]) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # the store syncs what is sampled under it
         return version
 
     def at(self, step: int) -> int:

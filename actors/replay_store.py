@@ -303,14 +303,6 @@ class ReplayStore:
 
     # what the driver takes
 
-    async def finished(self, step: int, mode: str) -> dict[str, Any]:
-        """{"groups": {group_id: {status: count}}, "open": number of rollouts queued or running}."""
-        groups: dict[str, dict[str, int]] = {}
-        for rollout in self.state.steps.get((mode, step), {}).values():
-            group = groups.setdefault(rollout.group_id, {})
-            group[rollout.status] = group.get(rollout.status, 0) + 1
-        return {"groups": groups, "open": self.state.open_in((mode, step))}
-
     async def wait(self, step: int, mode: str, timeout_s: float) -> int:
         """Block until no rollout of `step` and `mode` is open, or `timeout_s` have passed. Returns how many are open."""
         deadline = time.monotonic() + timeout_s

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,6 @@ class AttemptState:
 
 
 ATTEMPT_FIELDS = [name for name in SCHEMAS["attempts"].names]
-ROLLOUT_FIELDS = [item.name for item in fields(RolloutState)]
 
 
 class State:

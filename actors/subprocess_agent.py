@@ -1,7 +1,7 @@
 """Agents that run as a process of their own: a command in any language, or a Python callable kept apart.
 
 Such a process finds the model in OPENAI_BASE_URL and OPENAI_API_KEY (and ANTHROPIC_*), its task in RAYGENT_TASK (JSON),
-and nothing of Ray's, raygent's or an upstream's secrets. It works in the TOML's folder. All it starts ends with it.
+and nothing of Ray's, raygent's or W&B's. It works in the TOML's folder. All it starts ends with it.
 """
 
 from __future__ import annotations
@@ -77,10 +77,9 @@ def command_of(config: Config) -> list[str]:
     return [sys.executable, "-m", "raygent.actors.agent_process"]
 
 
-def scrubbed_environment(config: Config) -> dict[str, str]:
-    """This process's environment without what is ours: Ray's, raygent's, W&B's, the keys of upstream endpoints."""
-    secret = {upstream.api_key_env for upstream in config.upstream.values()}
-    return {name: value for name, value in os.environ.items() if not name.startswith(OURS) and name not in secret}
+def scrubbed_environment() -> dict[str, str]:
+    """This process's environment without what is ours: Ray's, raygent's, W&B's."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
 
 
 def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, events: str) -> dict[str, str]:
@@ -95,7 +94,7 @@ def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, 
     }
     if config.agent.run is not None:
         added["RAYGENT_AGENT"] = config.agent.run
-    return scrubbed_environment(config) | added
+    return scrubbed_environment() | added
 
 
 def task_variable(task_input: Any) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from itertools import pairwise
 from typing import Any
 
@@ -54,7 +53,7 @@ def make_samples(tables: dict[str, pa.Table], config: Config) -> tuple[list[Samp
     own_rewards = _agent_rewards(tables["rewards"])
     entries: list[Entry] = []
     for row in valid:
-        acted = [item for item in build(calls[row["rollout_id"]]) if _is_trained(item.agent, config.agent.train)]
+        acted = [item for item in build(calls[row["rollout_id"]]) if config.agent.trains(item.agent)]
         own = own_rewards if row["status"] == "succeeded" else {}  # a failed one has grader.failed_reward, all of it
         for item in acted:
             entries.append(Entry(row, item, own.get((row["rollout_id"], item.agent), row["reward"])))
@@ -137,10 +136,6 @@ def weigh(samples: list[Sample]) -> None:
         sample.weight = 1.0 / (len(tokens) * tokens[sample.rollout_id])
 
 
-def _is_trained(agent: str, patterns: list[str]) -> bool:
-    return any(fnmatch(agent, pattern) for pattern in patterns)
-
-
 def _calls(table: pa.Table) -> dict[str, list[Row]]:
     """The rows of each rollout; lists are views into the table's memory, not Python lists."""
     columns = {name: table[name].to_pylist() for name in PLAIN}
@@ -168,8 +163,13 @@ def _agent_rewards(rewards: pa.Table) -> dict[tuple[str, str], float]:
 def _metrics(
     tables: dict[str, pa.Table], valid: list[Row], entries: list[Entry], samples: list[Sample]
 ) -> dict[str, float]:
+    """`reward`, `turns` (calls a rollout) and `attempts_not_won` are of the rollouts in kept groups, all of the calls and
+    `tokens_sampled` of every winning attempt, whichever agent acted. An attempt that did not win failed for
+    infrastructure's sake, was given up when the run was stopped, or was undone by a rewind: the tables do not tell which.
+    """
     rewards = [row["reward"] for row in valid]
     calls = tables["calls"]
+    turns = Counter(calls["rollout_id"].to_pylist())
     trajectories = [entry.trajectory for entry in entries if entry.trajectory]
     versions = [sample.policy_versions[sample.loss_mask] for sample in samples]
     outcomes = Counter(row["outcome"] for row in tables["rollouts"].select(["outcome"]).to_pylist())
@@ -180,13 +180,13 @@ def _metrics(
         "rollouts_valid": float(len(valid)),
         "rollouts_trained": float(len({sample.rollout_id for sample in samples})),
         "samples": float(len(samples)),
-        "turns": len(calls) / max(len(valid), 1),
+        "turns": _mean([turns[row["rollout_id"]] for row in valid]),
         "prompt_length": _mean(pc.list_value_length(calls["prompt_token_ids"])),
         "response_length": _mean(pc.list_value_length(calls["response_token_ids"])),
-        "tokens_sampled": float(sum(trajectory.sampled_tokens for trajectory in trajectories)),
+        "tokens_sampled": float(len(calls["response_token_ids"].combine_chunks().flatten())),
         "tokens_trained": float(sum(map(len, versions))),
         "branches": float(sum(trajectory.branches for trajectory in trajectories)),
-        "attempts_retried": float(sum(max(row["attempts"] - 1, 0) for row in valid)),
+        "attempts_not_won": float(sum(row["attempts"] - 1 for row in valid)),
     }
     if versions:
         every = np.concatenate(versions)

@@ -37,10 +37,6 @@ class Trajectory:
         """How many paths there are beyond the first: how often a call did not go on where the last one had ended."""
         return len(self.leaves()) - 1
 
-    @property
-    def sampled_tokens(self) -> int:
-        return sum(len(node.tokens) - node.prompt_length for node in self.nodes)
-
     def leaves(self) -> list[Node]:
         return [node for node in self.nodes if not node.children]
 

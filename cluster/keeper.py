@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.util import list_named_actors
 
 from raygent.config import Config
 
@@ -44,7 +45,7 @@ def keeper_name(app: str) -> str:
     return f"{app}-keeper"
 
 
-def start_keeper(config: Config, app: str, store_name: str, namespace: str) -> Any:
+def start_keeper(config: Config, app: str, store_name: str, namespace: str) -> None:
     """The run's keeper, watching; a left-over of an earlier life is replaced. Call it once the store is there."""
     stop_keeper(app, namespace)
     actor: Any = ray.remote(Keeper)
@@ -52,7 +53,6 @@ def start_keeper(config: Config, app: str, store_name: str, namespace: str) -> A
         name=keeper_name(app), namespace=namespace, lifetime="detached", num_cpus=0, max_concurrency=4
     ).remote(app, store_name, namespace, config.run.grace_s)
     keeper.watch.remote()
-    return keeper
 
 
 def stop_keeper(app: str, namespace: str) -> None:
@@ -63,10 +63,11 @@ def stop_keeper(app: str, namespace: str) -> None:
 
 
 def end_app(app: str) -> None:
-    """Delete the app, and Serve itself where no other app is left."""
+    """Delete the app, and Serve itself where no other app is left, nor the keeper of a run that may be about to have one."""
     if serve.context._get_global_client(raise_if_no_controller_running=False) is None:
         return
     if app in serve.status().applications:
         serve.delete(app)
-    if not serve.status().applications:
+    keepers = {actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["name"].endswith("-keeper")}
+    if not serve.status().applications and not keepers - {keeper_name(app)}:
         serve.shutdown()

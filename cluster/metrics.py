@@ -126,6 +126,7 @@ class RunLog:
         steps, evaluations = read_lines(self.lines), read_lines(self.evaluations)
         summary = {"steps": len(steps), "seed": self.config.run.seed} | counts
         summary |= {"held_out": held_out(evaluations), "mismatch": mismatch(steps)}
+        summary["seconds"] = seconds_by_part(steps, counts["seconds"])
         sums = ("tokens_sampled", "tokens_trained")
         summary["tokens"] = {name.removeprefix("tokens_"): sum(row.get(name, 0.0) for row in steps) for name in sums}
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
@@ -164,7 +165,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def held_out(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     """First against last evaluation, paired by task; empty where there are not two."""
-    if not evaluations:
+    if len(evaluations) < 2:
         return {}
     first, last = evaluations[0], evaluations[-1]
     tasks = first["by_task"].keys() & last["by_task"].keys()
@@ -181,7 +182,10 @@ def held_out(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def mismatch(steps: list[dict[str, Any]]) -> dict[str, float]:
-    """|engine - learner| logprob over the run: mean of the means, largest p99 and maximum of a step."""
+    """|engine - learner| logprob over the run: mean of the means, largest p99 and maximum of a step.
+
+    A step that trained no token of the weights it began with has none.
+    """
     rows = [row for row in steps if "mismatch_mean" in row]
     if not rows:
         return {}
@@ -190,6 +194,17 @@ def mismatch(steps: list[dict[str, Any]]) -> dict[str, float]:
         "p99": max(row["mismatch_p99"] for row in rows),
         "max": max(row["mismatch_max"] for row in rows),
     }
+
+
+def seconds_by_part(steps: list[dict[str, Any]], rest: dict[str, float]) -> dict[str, float]:
+    """Of the run: what its steps took, whichever process did them, and `rest`. A step that was undone does not count."""
+    total = dict(rest)
+    for row in steps:
+        for name, value in row.items():
+            part = name.removeprefix("seconds/")
+            if part not in (name, "step"):
+                total[part] = total.get(part, 0.0) + value
+    return {part: round(value, 2) for part, value in total.items()}
 
 
 def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], path: Path) -> None:

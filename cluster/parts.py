@@ -27,7 +27,7 @@ from raygent.actors.replay_store import ReplayStore
 from raygent.actors.worker_pool import WorkerPool
 from raygent.cluster.keeper import end_app, start_keeper, stop_keeper
 from raygent.cluster.serve_app import START_DEADLINE_S, app_name, start_app
-from raygent.cluster.start import cpus_needed, quiet_environment
+from raygent.cluster.start import cpus_needed
 from raygent.config import Config
 from raygent.records import Rollout, Sample
 
@@ -56,12 +56,10 @@ class Parts:
         (self.directory / "config.toml").write_text(config.to_toml())
         self.versions = Versions(self.directory)
         self.seconds: dict[str, float] = defaultdict(float)
-        self.totals: dict[str, float] = defaultdict(float)
         self.gated = not learn
         self.restarts: Counter[int] = Counter()  # of the learners, by the step they went on from
 
     def __enter__(self) -> Parts:
-        quiet_environment()
         if not ray.is_initialized():
             # A job has RAY_ADDRESS; without it the driver gets a Ray of its own, not whichever was last started here
             here: dict[str, Any] = (
@@ -109,13 +107,12 @@ class Parts:
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
-        """Adds the wall time of the block to `seconds[part]` of this step and of the run."""
+        """Adds the wall time of the block to `seconds[part]`."""
         started = time.monotonic()
         try:
             yield
         finally:
             self.seconds[part] += time.monotonic() - started
-            self.totals[part] += time.monotonic() - started
 
     def measures(self) -> dict[str, float]:
         """The seconds of each part since the last call, as `seconds/PART`."""
@@ -137,9 +134,9 @@ class Parts:
         sampled = np.concatenate([sample.policy_versions[sample.loss_mask] for sample in samples])
         return self.step - float(np.mean(self.versions.steps_of(sampled)))
 
-    def ask(self, rollouts: list[Rollout]) -> None:
-        """Queue `rollouts`; those that the store knows already stay as they are."""
-        ray.get(self.store.add_rollouts.remote(rollouts))
+    def ask(self, rollouts: list[Rollout]) -> int:
+        """Queue `rollouts`; those that the store knows already stay as they are. Returns how many it did not know."""
+        return ray.get(self.store.add_rollouts.remote(rollouts))
 
     def collect(self, step: int, mode: str) -> dict[str, pa.Table]:
         """Wait for the rollouts of `step` to end, keeping replicas and workers whole meanwhile; the store's tables of them."""
@@ -162,7 +159,8 @@ class Parts:
             logger.warning("%s", _last_line(error))
 
     def gate(self, samples: list[Sample]) -> None:
-        """Once after every start: engine and learner must agree on what the batch's tokens cost. Raises GateError.
+        """Once after every start of the learners: they and the engine must agree on what the batch's tokens cost. Else it
+        raises GateError.
 
         Tokens sampled from older weights tell nothing: without others the next batch is the first.
         """
@@ -242,15 +240,17 @@ class Parts:
                 f"the learners died {MOST_RESTARTS} times between step {self.step} and the next checkpoint"
             )
         self.learners.restart(checkpoint)
+        self.gated = False
         ray.get(self.store.rewind.remote(self.step))
         self.push()
 
     def counts(self) -> dict[str, Any]:
-        """What the summary tells of the whole run: rollouts by fate, policy version, seconds by part."""
+        """What the summary tells besides the rows of metrics.jsonl: policy version, rollouts by fate, and the seconds by part
+        that are in no row, as those of the last evaluation and, where a finished run was started again, of this start."""
         return {
             "policy_version": self.version,
             "rollouts": ray.get(self.store.status.remote()),
-            "seconds": {part: round(value, 2) for part, value in self.totals.items()},
+            "seconds": dict(self.seconds),
         }
 
 

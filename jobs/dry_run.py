@@ -342,8 +342,6 @@ def cluster_resources(address: str) -> dict[str, float]:
 
 def _check_accounts(config: Config) -> None:
     """What the run needs of others, and this environment lacks."""
-    if config.upstream:
-        raise ConfigError("upstream: calls are not routed to other endpoints yet; leave the section out")
     if config.wandb.mode == "online" and not _on_cluster():
         import wandb
 

@@ -19,25 +19,31 @@ if TYPE_CHECKING:
     from raygent.cluster.parts import Parts
 
 
-def evaluation_due(config: Config, step: int) -> bool:
-    """Before the first step, after the last, and every `evaluate.every` steps between."""
+def tasks_due(config: Config, held_out: list[Task], step: int) -> list[Task]:
+    """What is evaluated at `step`: all tasks before the first step and after the last, `evaluate.tasks` of them every
+    `evaluate.every` steps between."""
+    if step in (0, config.run.steps):
+        return held_out
     every = config.evaluate.every
-    return step in (0, config.run.steps) or (every > 0 and step % every == 0)
+    return held_out[: config.evaluate.tasks or None] if every > 0 and step % every == 0 else []
 
 
-def evaluate(parts: Parts, held_out: list[Task]) -> tuple[dict[str, pa.Table], dict[str, float]]:
-    """Run the held-out tasks at the version served now, which stays pinned until they have ended.
+def evaluate(parts: Parts, tasks: list[Task]) -> tuple[dict[str, pa.Table], dict[str, float]]:
+    """Run the tasks at the version served now, which stays pinned until they have ended.
 
-    Returns the store's tables of these rollouts and a summary: `reward`, `n` (tasks), `retried_share` (rollouts of more
-    than one call) and `rescued_share` (mean reward of those), `calls` (a rollout).
+    Rollouts of this step that the store has already stay as they are. Returns the store's tables of all of them and a
+    summary: `reward`, `n` (tasks), `retried_share` (rollouts of more than one call) and `rescued_share` (mean reward of
+    those), `calls` (a rollout).
     """
-    config, step, version = parts.config, parts.step, parts.version
-    between = 0 < step < config.run.steps and config.evaluate.tasks > 0
-    tasks = held_out[: config.evaluate.tasks] if between else held_out
-    rollouts = eval_rollouts(config, tasks, step, version)
-    parts.ask(rollouts)
+    rollouts = eval_rollouts(parts.config, tasks, parts.step, parts.version)
+    if stored := len(rollouts) - parts.ask(rollouts):
+        print(
+            f"{stored} of {len(rollouts)} rollouts of step {parts.step} are in the store from before and are not run again; "
+            "under another run.name, with the checkpoint as model.path, all are",
+            flush=True,
+        )
     with parts.clock("evaluate"):
-        tables = only(parts.collect(step, "eval"), {rollout.rollout_id for rollout in rollouts})
+        tables = only(parts.collect(parts.step, "eval"), {rollout.rollout_id for rollout in rollouts})
     return tables, summarise(tables)
 
 

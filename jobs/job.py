@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from raygent.cluster.start import quiet_environment
 from raygent.config import Config, ConfigError, load
 from raygent.jobs.dry_run import check
 
 
 def run_job(arguments: list[str], do: Callable[[Config], None]) -> int:
     """`do(config)` once the config is known to be right; the exit status. Import Ray and torch within `do`, not before."""
+    quiet_environment()
     try:
         if not arguments:
             raise ConfigError("CONFIG: missing; give the run's TOML, then overrides as run.steps=20")

@@ -14,7 +14,7 @@ from raygent.actors.pacer import drop_stale, train_rollouts
 from raygent.algorithms.batch import make_samples
 from raygent.cluster.metrics import RunLog
 from raygent.config import Config
-from raygent.jobs.evaluate import evaluate, evaluation_due
+from raygent.jobs.evaluate import evaluate, tasks_due
 from raygent.jobs.job import run_job
 from raygent.task import load_tasks
 
@@ -33,8 +33,8 @@ def train(config: Config) -> None:
         log.resume(parts.step)
         while True:
             try:
-                if evaluation_due(config, parts.step) and held_out:
-                    log.evaluation(parts.step, *evaluate(parts, held_out))
+                if due := tasks_due(config, held_out, parts.step):
+                    log.evaluation(parts.step, *evaluate(parts, due))
                 if parts.step >= config.run.steps:
                     parts.checkpoint()
                     break

@@ -10,12 +10,12 @@ import json
 import shutil
 import sys
 from collections import Counter
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
+from raygent.cluster.start import quiet_environment
 from raygent.config import Config, ConfigError, load
 from raygent.jobs.dry_run import check, is_locked
 from raygent.records import SCHEMAS, Rollout, Task, to_json
@@ -150,7 +150,7 @@ def _tell_recorded(config: Config, calls: list[Row], records: dict[str, list[Row
         f"{', '.join(map(str, versions)) or 'none'}, {len(records['rewards'])} rewards, {len(records['spans'])} spans"
     )
     for trajectory in build(calls):
-        meant = any(fnmatch(trajectory.agent, pattern) for pattern in config.agent.train)
+        meant = config.agent.trains(trajectory.agent)
         made = [node.call for node in trajectory.nodes]
         trained = sum(len(call["response_token_ids"]) for call in made if meant and call["trainable"])
         why = Counter(
@@ -176,6 +176,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     parser.add_argument("--task")
     asked = parser.parse_args(arguments)
+    quiet_environment()
     try:
         config = config_to_try(load(asked.config, asked.overrides))
         task = choose_task(config, asked.task)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,6 +68,10 @@ class Agent(Section):
     max_calls: int = Field(50, ge=1)
     in_: Literal["process", "subprocess"] = Field("process", alias="in")
 
+    def trains(self, agent: str) -> bool:
+        """Whether the calls of the agent of that name are trained."""
+        return any(fnmatch(agent, pattern) for pattern in self.train)
+
     @model_validator(mode="after")
     def one_way_to_run(self) -> Agent:
         if (self.run is None) == (self.command is None):
@@ -119,7 +124,7 @@ class Algorithm(Section):
 
     @model_validator(mode="after")
     def groups_compare(self) -> Algorithm:
-        if self.name == "grpo" and self.group_size < 2:
+        if self.group_size < 2:
             raise ValueError("algorithm.group_size: GRPO compares the rollouts of a group; use 2 or more (8 is usual)")
         if self.min_group > self.group_size:
             raise ValueError(
@@ -194,12 +199,6 @@ class Evaluate(Section):
     tasks: int = Field(0, ge=0)  # of data.eval in the evaluations between first and last; 0: all
 
 
-class Upstream(Section):
-    base_url: str = Field(pattern="^https?://.+")
-    model: Text
-    api_key_env: Text | None = None
-
-
 class Wandb(Section):
     project: Text = "raygent"
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online where logged in, else offline
@@ -216,7 +215,6 @@ class Config(Section):
     engine: Engine = Engine()
     workers: Workers = Workers()
     evaluate: Evaluate = Evaluate()
-    upstream: dict[str, Upstream] = {}
     wandb: Wandb = Wandb()
     path: str = ""  # of the TOML itself, set by load()
 
@@ -327,8 +325,6 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}: unknown key; {_near(loc)}"
     if kind == "missing":
         return f"{key}: missing; {_MISSING.get(key, 'add it to the TOML')}"
-    if kind == "model_type" and loc[0] == "upstream":
-        return f"{key}: each endpoint has a section and a name; write [upstream.judge] and its keys below it"
     if kind == "model_type":
         return f"{key}: a section, not the value {given}; {_MISSING.get(key, f'write [{key}] and its keys below it')}"
     if kind == "none_required":
@@ -348,7 +344,6 @@ _MENDS = {
     "run.name": "a name of at most 64 letters, digits and . _ - that begins with a letter or digit",
     "too_short": "should have at least one entry",
     "string_too_short": "should not be empty",
-    "string_pattern_mismatch": "should begin with http:// or https://",
     "finite_number": "should be a finite number",
 }
 
@@ -365,14 +360,14 @@ def _near(loc: list[str]) -> str:
 
 def homes_of(name: str) -> list[str]:
     """The sections that have a key `name`."""
-    return [section for section in keys_of([]) if section != "upstream" and name in keys_of([section])]
+    return [section for section in keys_of([]) if name in keys_of([section])]
 
 
 def keys_of(loc: list[str]) -> list[str]:
     """The keys of the section at `loc`, as the TOML has them; of the whole file for []."""
     model: Any = Config
     for part in loc:
-        model = Upstream if part == "upstream" or model is Upstream else model.model_fields[part].annotation
+        model = model.model_fields[part].annotation
     return [info.alias or name for name, info in model.model_fields.items() if loc or name != "path"]
 
 

@@ -19,19 +19,12 @@ Mode = Literal["train", "eval"]
 SUCCEEDED = "succeeded"
 OUTCOMES = ("agent_error", "timeout", "max_calls", "context_overflow", "no_call", "no_reward", "grader_error")
 # Ours to answer for: these attempts are made again and never trained on.
-INFRASTRUCTURE = (
-    "lease_lost",
-    "worker_error",
-    "engine_lost",
-    "incomplete",
-    "store_restarted",
-    "timeout_infrastructure",
-)
+INFRASTRUCTURE = ("lease_lost", "engine_lost", "incomplete", "store_restarted")
 # A rollout's status: queued, running, then one of the ends.
 #   succeeded  an attempt won with outcome "succeeded"
 #   failed     an attempt won with one of OUTCOMES; its reward is grader.failed_reward
 #   lost       every attempt allowed failed for infrastructure's sake
-#   dropped    cancelled, or over the staleness bound when its group was taken
+#   dropped    cancelled, over the staleness bound when its group was taken, or undone by a rewind
 ENDED = ("succeeded", "failed", "lost", "dropped")
 
 
@@ -75,7 +68,7 @@ class Call:
     `source` and `source_sequence` name it where it was recorded (an engine replica and its own count within the
     attempt, from 0): appends are idempotent by them. `sequence` is its place in the attempt, given by the store.
     A request with n > 1 is n calls with the same `request_id`, `choice` 0..n-1.
-    `trainable` is False where the logprobs are not those of the plain policy (`untrainable_why`: grammar, upstream,
+    `trainable` is False where the logprobs are not those of the plain policy (`untrainable_why`: grammar,
     prompt_logprobs_only, ...): such tokens never get a loss mask.
     """
 
@@ -220,7 +213,7 @@ ATTEMPTS = pa.schema(
         ("outcome", pa.string()),
         ("reward", pa.float64()),
         ("won", pa.bool_()),
-        ("late", pa.bool_()),  # sealed after another attempt had won: kept, never trained
+        ("late", pa.bool_()),  # sealed after its rollout had ended, or its win undone by a rewind: kept, never trained
         ("calls", pa.int32()),
         ("spans", pa.int32()),
         ("rewards", pa.int32()),

@@ -70,7 +70,7 @@ def keep_start(learner: Learner, folder: str) -> None:
 
 def back_to_start(learner: Learner, folder: str, config: Config) -> None:
     """The weights and optimiser that `keep_start` kept, under another config."""
-    learner.config = config
+    learner.config, learner.version = config, 0
     learner.engine.load_checkpoint(folder, tag="start")
     learner.engine.optimizer._hp_optimizer_states_linked = False  # else ZeRO-2's safe_get_* look at the old state
 

@@ -109,7 +109,7 @@ def test_mismatch_is_between_the_engine_and_the_weights_before_the_step(group: G
     config = group.fresh(PLAIN | {"mini_batches": 1})
     model = Plain(group, config).model
     gaps = np.concatenate([
-        np.abs(token_logprobs(model, one)[0].detach().numpy() - one.logprobs)
+        np.abs(token_logprobs(model, one)[0].detach().numpy() - one.logprobs)[np.array(one.policy_versions) == 0]
         for name in NAMES
         for one in batch.trainable(name)
     ])  # fmt: skip
@@ -123,7 +123,7 @@ def test_nothing_to_learn_changes_nothing(group: Group) -> None:
     group.fresh(BOTH)
     before = on_ranks(group.learners, weights)
     told = group.learners.step([], 0)
-    assert told["gradient_norm"] == told["loss"] == told["mismatch_max"] == 0
+    assert told["gradient_norm"] == told["loss"] == 0 and "mismatch_max" not in told
     for found, kept in zip(on_ranks(group.learners, weights), before, strict=True):
         assert furthest(found, kept) == 0
 

@@ -71,7 +71,7 @@ def test_going_on_from_a_checkpoint_is_as_if_never_stopped(group: Group, batch: 
     learners = group.learners
     samples = batch.samples(group.fresh())
     learners.step(samples, 0)
-    checkpoint = learners.save(8, 1)
+    checkpoint = learners.save(8, 0)
     saved = on_ranks(learners, weights)[0]
     told = learners.step(samples, 1)
     went_on, moments = on_ranks(learners, weights)[0], on_ranks(learners, first_moment)[0]

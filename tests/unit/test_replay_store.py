@@ -97,7 +97,7 @@ async def test_wait_returns_when_the_last_rollout_ends(tmp_path):
         await run_attempt(store, lease)
     assert await asyncio.wait_for(waiting, 5) == 0
     assert await store.wait(1, "train", 0.01) == 1
-    assert await store.finished(0, "train") == {"groups": {"g0": {"succeeded": 2}}, "open": 0}
+    assert [row["status"] for row in (await taken(store))["rollouts"]] == ["succeeded"] * 2
 
 
 async def test_a_lost_lease_is_tried_again_and_a_late_attempt_is_kept_and_never_handed_out(tmp_path):
@@ -145,7 +145,7 @@ async def test_a_rollout_is_lost_after_its_attempts(tmp_path):
     await store.add_rollouts([rollout(0)])
     for answer in ("queued", "lost"):
         (lease,) = await store.lease("w", 1)
-        assert await run_attempt(store, lease, outcome="worker_error", reward=None) == "failed"
+        assert await run_attempt(store, lease, outcome="engine_lost", reward=None) == "failed"
         assert (await store.status())[answer] == 1
     assert await store.lease("w", 1) == []
     tables = await taken(store)

@@ -25,7 +25,6 @@ def config_of(folder, timeout_s=20.0, **agent):
             "model": {"path": "m/m"},
             "agent": {"timeout_s": timeout_s} | agent,
             "data": {"train": "tasks.jsonl"},
-            "upstream": {"judge": {"base_url": "http://j", "model": "j", "api_key_env": "JUDGE_KEY_OF_TEST"}},
         }
     )
 
@@ -42,7 +41,6 @@ def shell(folder, script, **keys):
 def test_what_a_command_finds(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "secret")
     monkeypatch.setenv("RAYGENT_OLD", "secret")
-    monkeypatch.setenv("JUDGE_KEY_OF_TEST", "secret")
     script = (
         "import json, os; print('thinking'); print(json.dumps({'env': {k: v for k, v in os.environ.items()}, "
         "'cwd': os.getcwd(), 'sid': os.getsid(0) == os.getpid()}))"

@@ -1,0 +1,72 @@
+"""What a run tells of itself, and what it evaluates when."""
+
+from contextlib import nullcontext
+
+import pytest
+from conversations import call, config, rollout, tables
+
+from raygent.algorithms.batch import make_samples
+from raygent.cluster.metrics import held_out, mismatch, seconds_by_part
+from raygent.jobs.evaluate import evaluate, tasks_due
+from raygent.records import Task
+
+
+def evaluation(step: int, **by_task: float) -> dict:
+    return {"step": step, "by_task": by_task, "rescued_share": 0.0, "retried_share": 0.0}
+
+
+def test_a_gain_needs_two_evaluations():
+    assert held_out([]) == held_out([evaluation(0, a=0.5)]) == {}
+    found = held_out([evaluation(0, a=0.5, b=0.0), evaluation(9, a=1.0, b=0.5)])
+    assert (found["n"], found["before"], found["after"], found["gain"]) == (2, 0.25, 0.75, 0.5)
+
+
+def test_the_seconds_are_the_whole_runs():
+    rows = [
+        {"step": 0, "seconds/start": 5.0, "seconds/learn": 1.0, "seconds/step": 9.0, "push_seconds": 1.0},
+        {"step": 1, "seconds/start": 6.0, "seconds/learn": 2.0, "seconds/step": 9.0},  # by a second process
+    ]
+    assert seconds_by_part(rows, {"evaluate": 0.5}) == {"start": 11.0, "learn": 3.0, "evaluate": 0.5}
+
+
+def test_a_step_without_a_mismatch_is_left_out_of_the_mean():
+    told = {"mismatch_mean": 0.25, "mismatch_p99": 1.0, "mismatch_max": 2.0}
+    assert mismatch([told, {"loss": 0.0}]) == {"mean": 0.25, "p99": 1.0, "max": 2.0}
+    assert mismatch([{"loss": 0.0}]) == {}
+
+
+def test_a_batch_counts_all_tokens_but_compares_like_with_like():
+    rollouts = [rollout(name, name[0], 1.0) | {"attempts": 2} for name in ("a0", "a1", "b0")]
+    calls = [call(name, turn, [1], [5, 5], agent=agent) for name, turn, agent in [
+        ("a0", 0, "main"), ("a0", 1, "judge"), ("a1", 0, "main"), ("b0", 0, "main"), ("b0", 1, "main")
+    ]]  # fmt: skip
+    _, metrics = make_samples(tables(rollouts, calls), config(agent={"run": "agent:run", "train": ["main"]}))
+    assert metrics["tokens_sampled"] == 10  # the judge's and the dropped group's too
+    assert metrics["turns"] == 1.5  # of group a
+    assert metrics["attempts_not_won"] == 2
+
+
+@pytest.mark.parametrize(("step", "due"), [(0, 5), (2, 3), (3, 0), (10, 5)])
+def test_the_first_and_the_last_evaluation_take_all_tasks(step, due):
+    settings = config(run={"steps": 10}, evaluate={"every": 2, "tasks": 3})
+    assert tasks_due(settings, [Task(str(n), n) for n in range(5)], step) == [Task(str(n), n) for n in range(due)]
+
+
+def test_an_evaluation_says_what_it_did_not_run(capsys):
+    class Stored:
+        """Parts whose store has all rollouts but the last from before."""
+
+        config, step, version = config(), 4, 4
+
+        def ask(self, rollouts):
+            self.rollouts = rollouts
+            return 1
+
+        def collect(self, step, mode):
+            return tables([rollout(one.rollout_id, one.group_id, 1.0) for one in self.rollouts], [])
+
+        clock = staticmethod(lambda part: nullcontext())
+
+    _, summary = evaluate(Stored(), [Task(str(n), n) for n in range(3)])
+    assert summary["n"] == 3
+    assert capsys.readouterr().out.startswith("2 of 3 rollouts of step 4 are in the store from before and are not run")
