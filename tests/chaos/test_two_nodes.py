@@ -15,6 +15,7 @@ import pytest
 from running import Training, gone, kill, make_run, of_run
 
 from raygent.actors.store_state import read_store
+from raygent.cluster.metrics import read_lines
 from raygent.cluster.start import QUIET, free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -89,15 +90,18 @@ def test_two_nodes_share_the_work_and_nothing_stays(two_nodes, tmp_path):
     assert len(nodes) == 2, nodes
 
     training = submit(address, environment, source)  # the same command goes on
-    training.wait_for("going on at step 3")
-    training.wait_for("step 5/")
+    training.wait_for("going on at step")
+    at = int(re.search(r"going on at step (\d+)", training.said()).group(1))
+    assert at >= 3 and at % 3 == 0
+    training.wait_for(f"step {at + 2}/")
     (driver,) = of_run(tmp_path, "-m raygent.jobs.train run.toml")[-1:]
     kill(driver)
     assert not gone(ours(tmp_path), 60)
 
-    training = submit(address, environment, source, "run.steps=7")
+    done = len(read_lines(source / "runs" / "chaos" / "metrics.jsonl"))
+    training = submit(address, environment, source, f"run.steps={done + 2}")
     training.end()
     summary = json.loads((source / "runs" / "chaos" / "summary.json").read_text())
-    assert summary["steps"] == 7
+    assert summary["steps"] == done + 2
     rows = pq.read_table(source / "runs" / "chaos" / "store" / "attempts").to_pylist()
     assert len({row["worker"].partition("@")[2] for row in rows if row["won"]}) == 2
