@@ -26,8 +26,11 @@ class Versions:
 
     def __init__(self, run_directory: Path) -> None:
         self.file = run_directory / "versions.jsonl"
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        self.given = [{"version": 0, "step": 0}, *(json.loads(line) for line in lines if line.endswith("}"))]
+        text = self.file.read_text() if self.file.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if whole != text:  # a torn line was never synced; the next one would be glued to it
+            os.truncate(self.file, len(whole))
+        self.given = [{"version": 0, "step": 0}, *map(json.loads, whole.splitlines())]
 
     def issue(self, step: int) -> int:
         """The version of the weights after `step` optimiser steps of the driver's loop."""

@@ -124,7 +124,10 @@ class RunLog:
     def finish(self, counts: dict[str, Any]) -> None:
         """Write summary.json and curve.png and print what became better."""
         steps, evaluations = read_lines(self.lines), read_lines(self.evaluations)
-        summary = {"steps": len(steps), "seed": self.config.run.seed} | counts
+        summary: dict[str, Any] = {
+            "steps": steps[-1]["step"] + 1 if steps else 0,
+            "seed": self.config.run.seed,
+        } | counts
         summary |= {"held_out": held_out(evaluations), "mismatch": mismatch(steps)}
         summary["seconds"] = seconds_by_part(steps, counts["seconds"])
         sums = ("tokens_sampled", "tokens_trained")
@@ -164,16 +167,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def held_out(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    """First against last evaluation, paired by task; empty where there are not two."""
+    """First against last evaluation, paired by task; empty where there are not two with a task in common."""
     if len(evaluations) < 2:
         return {}
     first, last = evaluations[0], evaluations[-1]
     tasks = first["by_task"].keys() & last["by_task"].keys()
+    if not tasks:
+        return {}
     gain, interval = paired_gain(first["by_task"], last["by_task"])
     return {
         "n": len(tasks),
-        "before": sum(first["by_task"][task] for task in tasks) / max(len(tasks), 1),
-        "after": sum(last["by_task"][task] for task in tasks) / max(len(tasks), 1),
+        "before": sum(first["by_task"][task] for task in tasks) / len(tasks),
+        "after": sum(last["by_task"][task] for task in tasks) / len(tasks),
         "gain": gain,
         "gain_ci95": list(interval),
         "rescued_share": {"before": first["rescued_share"], "after": last["rescued_share"]},

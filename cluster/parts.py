@@ -53,7 +53,9 @@ class Parts:
         self.learn_too = learn
         self.directory = config.run_directory
         self.directory.mkdir(parents=True, exist_ok=True)
-        (self.directory / "config.toml").write_text(config.to_toml())
+        beside = self.directory / "config.new"  # a kill between leaves the old file whole
+        beside.write_text(config.to_toml())
+        beside.replace(self.directory / "config.toml")
         self.versions = Versions(self.directory)
         self.seconds: dict[str, float] = defaultdict(float)
         self.gated = not learn

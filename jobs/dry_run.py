@@ -88,7 +88,10 @@ def _check_run_directory(config: Config) -> None:
         )
     begun = directory / "config.toml"
     if begun.is_file():
-        model = tomllib.loads(begun.read_text()).get("model", {}).get("path")
+        try:
+            model = tomllib.loads(begun.read_text()).get("model", {}).get("path")
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(f"run.name: {begun} is not whole ({error}); delete it to go on with the run") from error
         if model is not None and not _same_model(model, config):
             raise ConfigError(
                 f"model.path: {directory} was begun with {model}, not {config.model.path}; choose another run.name"
@@ -495,7 +498,10 @@ def count_parameters(config: Config) -> int:
 
 def _count_in(path: Path) -> int:
     with path.open("rb") as file:
-        header: dict[str, Any] = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        size = int.from_bytes(file.read(8), "little")
+        if not 0 < size <= path.stat().st_size - 8:
+            raise ConfigError(f"model.path: {path} is no whole safetensors file; fetch it again (git lfs pull?)")
+        header: dict[str, Any] = json.loads(file.read(size))
     total = 0
     for name, tensor in header.items():
         if name != "__metadata__":

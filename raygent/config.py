@@ -247,6 +247,8 @@ class Config(Section):
             raise ValueError(
                 f"engine.gpus: {self.engine.gpus} is neither a whole number nor a part of one; choose {self.engine.gpus:.0f}"
             )
+        if 0 < self.engine.gpus < 1 < self.engine.replicas:
+            raise ValueError("engine.gpus: replicas do not share a GPU; set engine.gpus = 1, or engine.replicas = 1")
         if 0 < self.learner.gpus < 1 < self.learner.ranks:
             raise ValueError("learner.gpus: ranks cannot share a GPU; set learner.gpus = 1, or learner.ranks = 1")
         return self
@@ -271,7 +273,10 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: no such config; {f'did you mean {near[0]}?' if near else 'give a TOML file'}")
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # also of a number of thousands of digits, and bytes that are no UTF-8
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
@@ -303,7 +308,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{override}: an override is written section.key=value, as in algorithm.group_size=4")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text  # a bare string
     for part in parts[:-1]:
         tree = tree.setdefault(part, {})

@@ -68,6 +68,6 @@ def _parquet_rows(path: Path, key: str) -> list[tuple[str, Any]]:
         json.dumps(rows)
     except pa.ArrowException as error:
         raise ConfigError(f"{key}: {path} is not a whole Parquet file: {error}") from error
-    except TypeError as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{key}: {path} holds values that JSON has not: {error}; store them as text") from error
     return [(f"row {number}", row) for number, row in enumerate(rows, 1)]

@@ -182,6 +182,10 @@ WRONG_SECTIONS = {
     "ours": ({"engine": "max_model_len = 128"}, r"engine\.max_model_len: raygent sets it; use model\.context"),
     "ours_alone": ({"engine": 'logprobs_mode = "raw_logprobs"'}, r"engine\.logprobs_mode: .*; leave it out"),
     "ranks_on_one_gpu": ({"learner": "gpus = 0.5\nranks = 2"}, r"learner\.gpus: ranks cannot share a GPU; set learner\.gpus = 1"),
+    "replicas_on_one_gpu": (
+        {"learner": "gpus = 0.5\nranks = 1", "engine": "gpus = 0.5\nreplicas = 2"},
+        r"engine\.gpus: replicas do not share a GPU; set engine\.gpus = 1",
+    ),
     "one_and_a_half_gpus": ({"learner": "gpus = 1", "engine": "gpus = 1.5"}, r"engine\.gpus: 1\.5 is neither a whole number"),
     "tensor_parallel": ({"engine": "tensor_parallel_size = 2"}, r"engine\.tensor_parallel_size: .*needs engine\.gpus = 2"),
     "host": ({"engine": 'host = "192.0.2.1"'}, r"engine\.host: cannot serve on 192\.0\.2\.1"),
@@ -306,6 +310,8 @@ def test_a_run_that_stands_already(project, capsys):
     said = refused(capsys, "train", toml, "run.name=mine")
     assert "model.path" in said and "was begun with /another/model" in said
     assert "run.directory" in refused(capsys, "train", toml, "run.directory=adder.py")
+    (run / "config.toml").write_text("[model]\npath = ")
+    assert "config.toml is not whole" in refused(capsys, "train", toml, "run.name=mine")
     lost = "run.directory=/tmp/ray/session/runtime_resources/working_dir_files/_ray_pkg_1/runs"
     assert "job's own copy" in refused(capsys, "train", toml, lost)
 

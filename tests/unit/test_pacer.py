@@ -64,3 +64,12 @@ def test_stale_rollouts_are_left_out_of_every_table():
     assert stale == ["r2"]
     assert fresh["rollouts"]["rollout_id"].to_pylist() == ["r1"] and len(fresh["calls"]) == 2
     assert drop_stale(tables, 2) == (tables, [])
+
+
+@pytest.mark.parametrize("torn", ['{"version": 2, "st', '{"version": 2, "step": 2}'])
+def test_a_torn_line_of_versions_is_taken_away(tmp_path, torn):
+    Versions(tmp_path).issue(1)
+    with (tmp_path / "versions.jsonl").open("a") as file:
+        file.write(torn)
+    assert Versions(tmp_path).issue(2) == 2
+    assert Versions(tmp_path).at(2) == 2
