@@ -22,8 +22,11 @@ def command(toml: Path, *overrides: str) -> list[str]:
 
 
 def one(folder: Path, word: str):
-    found = of_run(folder, word)
-    assert found, f"no process {word} there"
+    """The run's process of that name, once it is there: it may just be replaced."""
+    deadline = time.monotonic() + 200
+    while not (found := of_run(folder, word)):
+        assert time.monotonic() < deadline, f"no process {word} there"
+        time.sleep(0.5)
     return found[0]
 
 
