@@ -52,7 +52,7 @@ def test_every_part_killed_in_one_run(tmp_path):
     ):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    kill(one(tmp_path, "raygent.jobs.train"))
+    kill(of_run(tmp_path, "-m raygent.jobs.train")[-1])  # the first is the job's shell
     training.process.wait(120)
     assert training.process.returncode != 0
     left = gone(lambda: of_run(tmp_path, "ray::", "VLLM", "raylet", "gcs_server", "raygent.jobs"), 60)
