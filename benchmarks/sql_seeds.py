@@ -1,6 +1,6 @@
 """Does the SQL example learn, and do its controls not? Three seeds, learning rate 0, and shuffled rewards.
 
-    uv run --extra cpu python benchmarks/sql_seeds.py [section.key=value ...]
+    uv run python benchmarks/sql_seeds.py [section.key=value ...]
 
 Each line is a whole `raygent train examples/sql/train.toml` on the same held-out questions; `gain` is the mean reward after
 minus before, with its paired bootstrap 95 % interval. Writes benchmarks/results/sql_seeds.json. 35 to 65 minutes on 2 cores.

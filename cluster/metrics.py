@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import time
 from pathlib import Path
@@ -43,7 +42,7 @@ class RunLog:
 
         mode = self.config.wandb.mode
         if mode == "auto":
-            mode = "online" if os.environ.get("WANDB_API_KEY") or wandb.api.api_key else "offline"
+            mode = "online" if logged_in() else "offline"
         file = self.directory / "wandb-id"
         if not file.exists():
             file.write_text(secrets.token_hex(4))
@@ -79,8 +78,9 @@ class RunLog:
         metrics = metrics | {"seconds/step": seconds, "tokens_per_s": metrics.get("tokens_sampled", 0.0) / seconds}
         with self.lines.open("a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")
-        shown = ", ".join(form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics)
-        self.note(f"step {step + 1}/{self.config.run.steps} {shown}")
+        shown = [form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics]
+        shown.append(f"{metrics['groups_flat']:.0f} of {metrics['groups']:.0f} groups without signal")
+        self.note(f"step {step + 1}/{self.config.run.steps} {', '.join(shown)}")
         self.wandb.log({"train/" + name: value for name, value in metrics.items()} | {"step": step + 1})
 
     def evaluation(self, step: int, tables: dict[str, pa.Table], summary: dict[str, float]) -> None:
@@ -90,13 +90,21 @@ class RunLog:
             if row["reward"] is not None:
                 rewards.setdefault(row["task_id"], []).append(row["reward"])
         by_task = {task: sum(values) / len(values) for task, values in rewards.items()}
-        low, high = mean_interval(list(by_task.values())) if by_task else (0.0, 0.0)
-        rows = [row for row in read_lines(self.evaluations) if row["step"] != step]
-        rows.append({"step": step, **summary, "low": low, "high": high, "by_task": by_task})
-        self._rewrite(self.evaluations, rows)
+        if not by_task:
+            self.note(
+                f"evaluation at step {step}: no reward, infrastructure lost all {summary['n']} tasks; it is not counted"
+            )
+            return
+        low, high = mean_interval(list(by_task.values()))
+        rows = read_lines(self.evaluations)
+        # A run that had ended there evaluated all tasks; when it goes on, the same step is due for some of them again.
+        if not any(row["step"] == step and row["by_task"].keys() > by_task.keys() for row in rows):
+            rows = [row for row in rows if row["step"] != step]
+            rows.append({"step": step, **summary, "low": low, "high": high, "by_task": by_task})
+            self._rewrite(self.evaluations, rows)
         self.note(
             f"evaluation at step {step}: reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} tasks; "
-            f"{summary['retried_share']:.0%} needed more than one call, {summary['rescued_share']:.0%} of their reward was won"
+            f"{summary['retried_share']:.0%} of the rollouts made more than one call, mean reward {summary['rescued_share']:.3f}"
         )
         table = {f"eval/{name}": value for name, value in summary.items()} | {"step": step}
         self.wandb.log(table | {"eval/rollouts": self._best_and_worst(tables)})
@@ -143,6 +151,14 @@ class RunLog:
             f"rollouts: {rollouts['asked']} asked, {rollouts['succeeded']} succeeded, failed: {failed}; "
             f"{rollouts['retried']} retried, {rollouts['lost']} lost, {rollouts['trained']} trained"
         )
+        if steps:
+            groups, flat = (sum(row[name] for row in steps) for name in ("groups", "groups_flat"))
+            self.note(f"groups: {groups:.0f}, of which {flat:.0f} without signal (all their rewards alike)")
+            if not summary["tokens"]["trained"]:
+                self.note(
+                    "NOTHING WAS TRAINED: no group had rewards that differ; take tasks that the agent wins sometimes, a "
+                    "reward with steps between, or a higher engine.temperature"
+                )
         if found := summary["held_out"]:
             low, high = found["gain_ci95"]
             self.note(
@@ -157,6 +173,13 @@ class RunLog:
         beside = path.with_suffix(".new")
         beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         beside.replace(path)
+
+
+def logged_in() -> bool:
+    """Whether W&B finds credentials here; asks nobody, sends nothing."""
+    import wandb
+
+    return wandb.login(prompt=False, verify=False)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

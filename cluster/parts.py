@@ -62,7 +62,8 @@ class Parts:
         self.restarts: Counter[int] = Counter()  # of the learners, by the step they went on from
 
     def __enter__(self) -> Parts:
-        if not ray.is_initialized():
+        self.own_ray = not ray.is_initialized()
+        if self.own_ray:
             # A job has RAY_ADDRESS; without it the driver gets a Ray of its own, not whichever was last started here
             here: dict[str, Any] = (
                 {} if "RAY_ADDRESS" in os.environ else {"address": "local", "num_cpus": cpus_needed(self.config)}
@@ -106,6 +107,8 @@ class Parts:
         stop_keeper(app_name(self.config), NAMESPACE)
         ray.get(self.store.close.remote())
         ray.kill(self.store)
+        if self.own_ray:
+            ray.shutdown()  # what Ray still has to tell comes before the run's result
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:

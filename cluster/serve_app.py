@@ -34,6 +34,7 @@ def start_app(
 
     An app of the same name from an earlier life of the run is deleted first: its key and its weights are over.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     name = app_name(config)
     host, port = _start_proxies(config)
     delete_app(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import os
 import re
@@ -122,6 +123,7 @@ def _wait_for_port(port: int, cluster: Supervised, log: Any) -> None:
 def _follow(address: str, module: str, arguments: list[str], runtime_env: dict[str, Any]) -> int:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     entrypoint = shlex.join([sys.executable if not runtime_env else "python", "-m", module, *arguments])
     submission = {"entrypoint": entrypoint, "runtime_env": runtime_env | {"env_vars": QUIET}}
     client, job = _submit(JobSubmissionClient, address, submission)

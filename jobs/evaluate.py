@@ -50,16 +50,17 @@ def evaluate(parts: Parts, tasks: list[Task]) -> tuple[dict[str, pa.Table], dict
 def summarise(tables: dict[str, pa.Table]) -> dict[str, float]:
     rollouts, calls = tables["rollouts"], tables["calls"]
     rewards = rollouts["reward"].to_numpy()
+    known = ~np.isnan(rewards)  # not so those that infrastructure lost
     counted = calls.group_by("rollout_id").aggregate([("sequence", "count")])
     number = dict(zip(counted["rollout_id"].to_pylist(), counted["sequence_count"].to_pylist(), strict=True))
     turns = np.array([number.get(rollout, 0) for rollout in rollouts["rollout_id"].to_pylist()])
     again = turns > 1
     return {
-        "reward": float(np.nanmean(rewards)) if len(rewards) else float("nan"),
+        "reward": float(rewards[known].mean()) if known.any() else float("nan"),
         "n": pc.count_distinct(rollouts["task_id"]).as_py(),
         "calls": float(turns.mean()) if len(turns) else 0.0,
         "retried_share": float(again.mean()) if len(turns) else 0.0,
-        "rescued_share": float(np.nanmean(rewards[again])) if again.any() else 0.0,
+        "rescued_share": float(rewards[again & known].mean()) if (again & known).any() else 0.0,
     }
 
 

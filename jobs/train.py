@@ -43,7 +43,8 @@ def train(config: Config) -> None:
                 log.note(f"{lost}; going on from the last checkpoint")
                 parts.restart_learners()
                 log.resume(parts.step)
-        log.finish(parts.counts())
+        counts = parts.counts()
+    log.finish(counts)
 
 
 def one_step(parts: Parts, tasks: list) -> dict[str, float]:

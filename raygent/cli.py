@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from raygent.cluster.start import before_ray, submit_and_follow
-from raygent.config import Config, ConfigError, load
+from raygent.config import Config, ConfigError, expanded, load
 
 CONFIG_COMMANDS = {
     "train": "train the agent of CONFIG (given again: go on where the run stood)",
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         asked = _parse(arguments)
         before_ray()
         if asked.command == "store":
-            return _store(asked.what, Path(asked.run))
+            return _store(asked.what, expanded("RUN", asked.run))
         return _run(asked, load(asked.config, asked.overrides))
     except ConfigError as error:
         print(f"raygent: {error}", file=sys.stderr)
@@ -48,7 +48,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     for name, text in CONFIG_COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", metavar="CONFIG", help="the run's TOML")
-        command.add_argument("overrides", nargs="*", metavar="section.key=value")
+        command.add_argument("overrides", nargs="*", default=[], metavar="section.key=value")
         if name == "train":
             command.add_argument("--dry-run", action="store_true", help="check everything, start nothing")
         if name == "try":

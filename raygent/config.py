@@ -7,6 +7,7 @@ Paths in the file are relative to it; after loading they are absolute. Every key
 from __future__ import annotations
 
 import difflib
+import os
 import re
 import tomllib
 from fnmatch import fnmatch
@@ -15,6 +16,8 @@ from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PATH_BYTES = 4096  # Linux's longest path, with the NUL at its end
 
 
 class ConfigError(Exception):
@@ -265,7 +268,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
     Raises ConfigError with one line for a missing file, bad TOML, an unknown key, a wrong type or value, or a named
     file that is not there.
     """
-    path = _expanded("CONFIG", path).resolve()
+    path = expanded("CONFIG", path).resolve()
     if path.is_dir():
         raise ConfigError(f"{path}: a folder, not a config; give the path of a TOML file")
     if not path.is_file():
@@ -321,9 +324,7 @@ def _one_line(error: ValidationError) -> str:
     """The first error, an unknown key before all: a section misspelt makes its keys missing too."""
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     loc = [str(part) for part in first["loc"]]
-    key, kind, given = ".".join(loc), first["type"], repr(first["input"])
-    if len(given) > 80:
-        given = given[:77] + "..."
+    key, kind, given = ".".join(loc), first["type"], _shown(first["input"])
     if kind == "value_error":
         return str(first["ctx"]["error"])
     if kind == "extra_forbidden":
@@ -336,6 +337,15 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}: not there yet; leave it out"
     mend = _MENDS.get(key) or _MENDS.get(kind) or first["msg"].removeprefix("Input ")
     return f"{key}: {mend[0].lower() + mend[1:]}, not {given}"
+
+
+def _shown(value: Any) -> str:
+    """The beginning of its repr(); what has none (nested too deep, an integer of thousands of digits) by its type."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):
+        text = f"such a {type(value).__name__}"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 _MISSING = {
@@ -400,14 +410,17 @@ def _absolute(config: Config) -> Config:
 
 
 def _beside(config: Config, key: str, value: str) -> Path:
-    return (config.folder / _expanded(key, value)).resolve()
+    return (config.folder / expanded(key, value)).resolve()
 
 
-def _expanded(key: str, value: str | Path) -> Path:
+def expanded(key: str, value: str | Path) -> Path:
     try:
-        return Path(value).expanduser()
+        path = Path(value).expanduser()
     except RuntimeError as error:
         raise ConfigError(f"{key}: nobody's home folder is known by {value}; write the path out") from error
+    if "\0" in str(path) or len(os.fsencode(path)) >= PATH_BYTES or any(len(os.fsencode(p)) > 255 for p in path.parts):
+        raise ConfigError(f"{key}: {_shown(str(value))} is no path: it is too long, or holds a NUL; give another")
+    return path
 
 
 def _file(config: Config, key: str, value: str, mend: str) -> Path:

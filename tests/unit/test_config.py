@@ -188,7 +188,15 @@ WRONG_SECTIONS = {
     ),
     "one_and_a_half_gpus": ({"learner": "gpus = 1", "engine": "gpus = 1.5"}, r"engine\.gpus: 1\.5 is neither a whole number"),
     "tensor_parallel": ({"engine": "tensor_parallel_size = 2"}, r"engine\.tensor_parallel_size: .*needs engine\.gpus = 2"),
-    "host": ({"engine": 'host = "192.0.2.1"'}, r"engine\.host: cannot serve on 192\.0\.2\.1"),
+    "host": ({"engine": 'host = "192.0.2.1"'}, r"engine\.host: cannot serve on '192\.0\.2\.1'"),
+    "host_of_nul": ({"engine": r'host = "a\u0000"'}, r"engine\.host: cannot serve on .*; use 127"),
+    "no_tensor_parallel": ({"engine": "tensor_parallel_size = 0"}, r"engine\.tensor_parallel_size: 0 is below 1"),
+    # what is no path at all
+    "long_model": ({"model": f'path = "{"m" * 256}"'}, r"model\.path: 'mmm.* is no path: it is too long"),
+    "long_data": ({"data": f'train = "{"d/" * 2100}"'}, r"data\.train: 'd/d.* is no path"),
+    "nul_in_the_directory": ({"run": r'directory = "a\u0000"'}, r"run\.directory: 'a.x00' is no path: .*a NUL"),
+    "nul_in_the_command": ({"agent": r'command = ["cat", "\u0000"]'}, r"agent\.command: no argument .* can hold a NUL"),
+    "hub_id": ({"model": 'path = "x--y"'}, r"model\.path: x--y is neither a folder here nor an id of the hub"),
 }  # fmt: skip
 
 
@@ -287,6 +295,12 @@ def test_wrong_paths_on_the_command_line(project, capsys):
     assert "no run's folder; give runs/NAME" in refused(capsys, "store", "verify", project / "runs" / "x")
 
 
+@pytest.mark.parametrize("content", ["[1, 2]", "null", "[" * 100_000], ids=["list", "null", "deep"])
+def test_a_models_config_is_an_object(project, capsys, content):
+    (project / "model" / "config.json").write_text(content)
+    assert "model.path: " in refused(capsys, "train", project / "train.toml")
+
+
 @pytest.mark.parametrize(
     ("lacking", "expected"),
     [
@@ -371,7 +385,7 @@ def test_a_port_that_is_taken(project, capsys):
         other.bind(("127.0.0.1", 0))
         other.listen()
         said = refused(capsys, "train", project / "train.toml", f"engine.port={other.getsockname()[1]}")
-    assert "engine.port: cannot serve on 127.0.0.1:" in said and "0 takes a free one" in said
+    assert "engine.port: cannot serve on '127.0.0.1', port" in said and "0 takes a free one" in said
 
 
 def test_a_cluster_that_does_not_answer(project, capsys):

@@ -6,8 +6,8 @@ import pytest
 from conversations import call, config, rollout, tables
 
 from raygent.algorithms.batch import make_samples
-from raygent.cluster.metrics import held_out, mismatch, seconds_by_part
-from raygent.jobs.evaluate import evaluate, tasks_due
+from raygent.cluster.metrics import RunLog, held_out, mismatch, read_lines, seconds_by_part
+from raygent.jobs.evaluate import evaluate, summarise, tasks_due
 from raygent.records import Task
 
 
@@ -44,6 +44,55 @@ def test_a_batch_counts_all_tokens_but_compares_like_with_like():
     assert metrics["tokens_sampled"] == 10  # the judge's and the dropped group's too
     assert metrics["turns"] == 1.5  # of group a
     assert metrics["attempts_not_won"] == 2
+
+
+class FakeWandb:
+    """W&B needs its own process, minutes for nothing here."""
+
+    def log(self, row):
+        pass
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    monkeypatch.setattr(RunLog, "_start_wandb", lambda self: FakeWandb())
+    return RunLog(config(run={"directory": str(tmp_path)}))
+
+
+def ended(*rewards: float | None) -> dict:
+    """An evaluation's tables: a task a reward, None of one that infrastructure lost."""
+    return tables([rollout(str(n), str(n), reward) for n, reward in enumerate(rewards)], [])
+
+
+def test_an_evaluation_that_lost_all_is_told_and_not_counted(log, capsys):
+    lost = ended(None, None)
+    log.evaluation(0, lost, summarise(lost))
+    assert "lost all" in capsys.readouterr().out
+    assert read_lines(log.evaluations) == []
+
+
+def test_an_evaluation_counts_what_it_has(log):
+    some = ended(1.0, None, 0.0)
+    log.evaluation(0, some, summarise(some))
+    (row,) = read_lines(log.evaluations)
+    assert (row["reward"], list(row["by_task"].values())) == (0.5, [1.0, 0.0])
+
+
+def test_a_run_that_goes_on_past_its_end_keeps_the_evaluation_of_all_tasks(log):
+    for tasks in (ended(1.0, 0.0, 1.0), ended(1.0, 0.0)):
+        log.evaluation(50, tasks, summarise(tasks))
+    (row,) = read_lines(log.evaluations)
+    assert len(row["by_task"]) == 3
+
+
+def test_a_run_that_trained_nothing_says_so(log, capsys):
+    metrics = {"reward": 1.0, "groups": 4.0, "groups_flat": 4.0, "tokens_sampled": 80.0, "tokens_trained": 0.0}
+    log.step(0, metrics)
+    log.wandb.summary, log.wandb.finish = {}, lambda: None
+    counts = {name: 0 for name in ("asked", "succeeded", "retried", "lost", "trained")}
+    log.finish({"rollouts": counts, "seconds": {}, "policy_version": 1})
+    said = capsys.readouterr().out
+    assert "4 of 4 groups without signal" in said and "NOTHING WAS TRAINED" in said
 
 
 @pytest.mark.parametrize(("step", "due"), [(0, 5), (2, 3), (3, 0), (10, 5)])
