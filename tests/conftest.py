@@ -5,16 +5,19 @@ import sys
 from collections.abc import Iterator
 
 import pytest
-import ray
 
-from raygent.cluster.parts import NAMESPACE
 from raygent.cluster.start import quiet_environment
+
+quiet_environment()  # before Ray is imported: under `uv run` it would make its workers environments of their own, without vLLM
+
+import ray  # noqa: E402
+
+from raygent.cluster.parts import NAMESPACE  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """A Ray on this machine, told of more CPUs than there are: the actors of tests share them."""
-    quiet_environment()
     os.environ.pop("RAY_ADDRESS", None)
     ray.init(
         address="local",
