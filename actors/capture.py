@@ -15,15 +15,18 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from vllm.exceptions import VLLMServerError, VLLMValidationError
+from vllm.inputs.engine import TokensInput
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestState
 
+from raygent.actors.continuation import Prompt, Run, continued, reader, tools_of
 from raygent.actors.gateway import CallContext, current_call
 from raygent.records import CALLS, Call, to_batch
 
@@ -133,6 +136,27 @@ class RunningCall:
         self.finish_reasons: dict[int, str] = {}
         self.started = time.time()
         self.recording: asyncio.Task[None] | None = None
+        self.prompt = Prompt(np.empty(0, np.int32))
+
+    def go_on(self, prompt: Any) -> Any:
+        """`prompt`, vLLM's input for the engine, from the conversation's own tokens where it is one that goes on (see
+        continuation); where these leave no room in the context it stays as it was rendered."""
+        ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) and prompt.get("type") == "token" else None
+        if ids is None or self.context.api == "completions":
+            return prompt
+        read = reader(self.llm.parser_class, self.llm.get_tokenizer(), tools_of(self.context.request))
+        earlier = self.context.state.runs.get(self.context.agent, [])
+        found = continued(ids, earlier, self.llm.ends, read)
+        room = self.llm.model_config.max_model_len - len(found.tokens)
+        if room < 1:
+            return prompt
+        self.prompt = found
+        if not found.own:
+            return prompt
+        self.params.max_tokens = min(self.params.max_tokens or room, room)
+        return TokensInput(type="token", prompt_token_ids=found.tokens.tolist()) | {
+            key: prompt[key] for key in ("arrival_time", "cache_salt") if key in prompt
+        }
 
     def sampled(self, choice: int) -> list[int]:
         state = self.states.get(choice)
@@ -158,6 +182,11 @@ class RunningCall:
             _keep(self.llm.aborting, self.llm.abort(self.request_id))
         sampling = json.dumps({name: getattr(self.params, name) for name in SAMPLING})
         calls = [self._call(choice, sampling) for choice in sorted(self.states)]
+        if self.llm.exact:
+            runs = state.runs.setdefault(self.context.agent, [])
+            for call in calls:
+                tokens = np.asarray(call.prompt_token_ids + call.response_token_ids, np.int32)
+                runs.append(Run(tokens, (*self.prompt.starts, len(call.prompt_token_ids))))
         if calls:
             self.recording = _keep(state.recording, self.llm.recorder.append(calls))
             self.recording.add_done_callback(_tell_failure)
@@ -193,6 +222,7 @@ class RunningCall:
             finish_reason=self.finish_reasons.get(choice, "abort"),
             trainable=not self.untrainable,
             untrainable_why=self.untrainable,
+            own_tokens=self.prompt.own,
             started=self.started,
             finished=time.time(),
         )
@@ -213,8 +243,14 @@ class States(dict):
 class CapturingLLM(AsyncLLM):
     """`attach()` before the first request."""
 
-    def attach(self, recorder: Recorder, source: str, rules: SamplingRules) -> None:
+    def attach(
+        self, recorder: Recorder, source: str, rules: SamplingRules, exact: bool = False, parser_class: Any = None
+    ) -> None:
+        """`exact`: conversations go on from their own tokens, read with vLLM's parser of the model, `parser_class`."""
         self.recorder, self.source, self.rules = recorder, source, rules
+        self.exact, self.parser_class = exact, parser_class
+        also = self.model_config.try_get_generation_config().get("eos_token_id") or []
+        self.ends = [self.get_tokenizer().eos_token_id, *([also] if isinstance(also, int) else also)]
         self.version = -1  # of what is sampled from now on
         self.calls: dict[str, RunningCall] = {}
         self.aborting: set[asyncio.Task[None]] = set()
@@ -243,6 +279,8 @@ class CapturingLLM(AsyncLLM):
             raise asyncio.CancelledError("the client has hung up")
         call = self.calls[request_id] = RunningCall(self, context, request_id, sampling_params)
         context.running.add(call)
+        if self.exact:
+            prompt = call.go_on(prompt)
         try:
             async with aclosing(super().generate(prompt, call.params, request_id, **rest)) as outputs:
                 async for output in outputs:

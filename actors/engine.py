@@ -127,7 +127,8 @@ class Engine:
         app.state.server = SimpleNamespace(should_exit=False)  # else vLLM's error handling hides the engine's own error
         engine = self.config.engine
         rules = SamplingRules(engine.temperature, engine.grammar, self.config.model.max_tokens)
-        self.llm.attach(Recorder(self.store), self.source, rules)
+        parser_class = app.state.openai_serving_chat.parser_cls if app.state.openai_serving_chat else None
+        self.llm.attach(Recorder(self.store), self.source, rules, engine.continuation == "exact", parser_class)
         await self.llm.reset_mm_cache()
         self.responses = app.state.openai_serving_responses
         self.gateway = Gateway(

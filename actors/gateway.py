@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import unquote
 
+from raygent.actors.continuation import Run
 from raygent.agent import POLICY
 
 APIS = {
@@ -107,6 +108,7 @@ class AttemptState:
     tasks: set[asyncio.Task] = field(default_factory=set)  # requests not answered yet
     recording: set[asyncio.Task] = field(default_factory=set)  # calls on their way to the store
     responses: set[str] = field(default_factory=set)  # ids of what the Responses API keeps for it
+    runs: dict[str, list[Run]] = field(default_factory=dict)  # by agent, for exact continuation
 
 
 class Running(Protocol):

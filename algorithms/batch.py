@@ -17,7 +17,7 @@ from raygent.config import Config
 from raygent.records import Sample
 
 LISTS = ["prompt_token_ids", "response_token_ids", "logprobs", "policy_versions"]
-PLAIN = ["rollout_id", "sequence", "agent", "temperature", "trainable"]
+PLAIN = ["rollout_id", "sequence", "agent", "temperature", "trainable", "own_tokens"]
 Row = dict[str, Any]
 
 
@@ -186,6 +186,7 @@ def _metrics(
         "tokens_sampled": float(len(calls["response_token_ids"].combine_chunks().flatten())),
         "tokens_trained": float(sum(map(len, versions))),
         "branches": float(sum(trajectory.branches for trajectory in trajectories)),
+        "continued": float(sum(node.call["own_tokens"] > 0 for item in trajectories for node in item.nodes)),
         "attempts_not_won": float(sum(row["attempts"] - 1 for row in valid)),
     }
     if versions:
@@ -196,7 +197,12 @@ def _metrics(
         for outcome, count in outcomes.items()
         if outcome not in (None, "", "succeeded")
     }
-    return metrics | failures
+    by_agent: Counter[str] = Counter()
+    for item in trajectories:
+        by_agent[f"agents/{item.agent}/calls"] += len(item.nodes)
+        by_agent[f"agents/{item.agent}/branches"] += item.branches
+        by_agent[f"agents/{item.agent}/continued"] += sum(node.call["own_tokens"] > 0 for node in item.nodes)
+    return metrics | failures | {name: float(count) for name, count in by_agent.items()}
 
 
 def _mean(values: list[float] | pa.ChunkedArray) -> float:

@@ -174,6 +174,7 @@ class Engine(BaseModel):
     threads: int = Field(2, ge=1)  # a replica, on CPU
     host: Text = "127.0.0.1"  # "0.0.0.0" on a cluster of several machines
     port: int = Field(0, ge=0, le=65535)  # 0: Serve's running port, or a free one
+    continuation: Literal["template", "exact"] = "template"  # where a conversation's earlier tokens come from
     grammar: Literal["mask", "refuse"] = "mask"  # train mode: tokens sampled under a grammar, penalties or logit_bias
 
     def vllm_arguments(self) -> dict[str, Any]:
@@ -249,6 +250,11 @@ class Config(Section):
         if self.engine.gpus > 1 and self.engine.gpus % 1:
             raise ValueError(
                 f"engine.gpus: {self.engine.gpus} is neither a whole number nor a part of one; choose {self.engine.gpus:.0f}"
+            )
+        if self.engine.continuation == "exact" and self.engine.replicas > 1:
+            raise ValueError(
+                'engine.continuation: "exact" needs all calls of a conversation at one replica; set engine.replicas = 1, '
+                "or leave it out"
             )
         if 0 < self.engine.gpus < 1 < self.engine.replicas:
             raise ValueError("engine.gpus: replicas do not share a GPU; set engine.gpus = 1, or engine.replicas = 1")

@@ -70,6 +70,8 @@ class Call:
     A request with n > 1 is n calls with the same `request_id`, `choice` 0..n-1.
     `trainable` is False where the logprobs are not those of the plain policy (`untrainable_why`: grammar,
     prompt_logprobs_only, ...): such tokens never get a loss mask.
+    `own_tokens`: with exact continuation how many of the prompt's first tokens are an earlier call's own, in place of those
+    that the template rendered; 0 where the prompt is as it was rendered.
     """
 
     rollout_id: str
@@ -91,6 +93,7 @@ class Call:
     finish_reason: str  # stop | length | tool_calls | abort | error
     trainable: bool
     untrainable_why: str
+    own_tokens: int
     started: float
     finished: float
     sequence: int = -1
@@ -172,6 +175,7 @@ CALLS = pa.schema(
         ("finish_reason", pa.string()),
         ("trainable", pa.bool_()),
         ("untrainable_why", pa.string()),
+        ("own_tokens", pa.int32()),
         ("started", pa.float64()),
         ("finished", pa.float64()),
     ]

@@ -63,6 +63,7 @@ def call(rollout_id: str, sequence: int, prompt: Iterable[int], response: Iterab
         "finish_reason": "stop",
         "trainable": True,
         "untrainable_why": "",
+        "own_tokens": 0,
         "started": float(sequence),
         "finished": float(sequence) + 0.5,
     }

@@ -22,7 +22,7 @@ from raygent.records import Lease, Seal
 
 WRITERS = 6
 LEASE_S = 0.3
-replay_store.SEGMENT_BYTES = 30_000  # so that rolls are killed, too
+replay_store.SEGMENT_BYTES = 8_000  # so that rolls are killed, too
 replay_store.LATE_HEARTBEATS_S = 0.01
 
 

@@ -32,7 +32,7 @@ def rollout(number: int, step: int = 0, mode: Mode = "train") -> Rollout:
 def call(rollout_id: str, attempt: int, number: int, source: str = "engine", text: str = "{}") -> Call:
     return Call(
         rollout_id, attempt, source, number, f"req{number}", 0, "agent", "policy", "chat", text, [1, 2], [3, number],
-        [-0.5, -1.0], [0, 1], "{}", 1.0, "stop", True, "", float(number), float(number) + 1,
+        [-0.5, -1.0], [0, 1], "{}", 1.0, "stop", True, "", 0, float(number), float(number) + 1,
     )  # fmt: skip
 
 

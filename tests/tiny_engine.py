@@ -59,7 +59,7 @@ class TinyEngine:
         key, state, now, reply = context.key, context.state, time.time(), uuid.uuid4().hex
         state.recorded += 1
         names = (self.source, state.recorded - 1, reply, 0, context.agent, "policy", context.api, context.request)
-        sampled = ([1, 2], [3], [-0.5], [0], "{}", 1.0, "stop", True, "", now, now)
+        sampled = ([1, 2], [3], [-0.5], [0], "{}", 1.0, "stop", True, "", 0, now, now)
         call = Call(key.rollout_id, key.attempt, *names, *sampled)
         await self.store.append.remote("calls", to_batch(CALLS, [call]))
         return reply

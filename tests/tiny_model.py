@@ -72,23 +72,34 @@ def make_tiny_model(folder: str | Path, seed: int = 0, tie: bool = True, context
 
 def teach(folder: str | Path, replies: dict[str, str], tools: list[dict], steps: int = 60) -> Path:
     """Train the model in `folder` to give each reply when asked its key, with `tools` offered or not: a few seconds."""
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     samples = []
     for asked, reply in replies.items():
         for offered in (None, tools):
             messages = [{"role": "user", "content": asked}]
             prompt = tokenizer.apply_chat_template(
-                messages, tools=offered, add_generation_prompt=True, return_dict=False
+                messages, tools=offered, add_generation_prompt=True, tokenize=False, return_dict=False
             )
-            samples.append((prompt, tokenizer(reply + "<|im_end|>")["input_ids"]))
-    shape = len(samples), max(len(prompt) + len(reply) for prompt, reply in samples)
+            samples.append([(prompt, False), (reply + "<|im_end|>", True)])
+    return teach_texts(folder, samples, steps)
+
+
+def teach_texts(folder: str | Path, samples: list[list[tuple[str, bool]]], steps: int) -> Path:
+    """Train the model in `folder` on `samples`, each the pieces of a text, on those that are marked."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    pieces = [[(tokenizer(text)["input_ids"], trained) for text, trained in sample] for sample in samples]
+    shape = len(samples), max(sum(len(ids) for ids, _ in sample) for sample in pieces)
     ids, attention = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, -100)
-    for row, (prompt, reply) in enumerate(samples):
-        end = len(prompt) + len(reply)
-        ids[row, :end] = torch.tensor(prompt + reply)
-        labels[row, len(prompt) : end] = torch.tensor(reply)
-        attention[row, :end] = 1
+    for row, sample in enumerate(pieces):
+        place = 0
+        for piece, trained in sample:
+            end = place + len(piece)
+            ids[row, place:end] = torch.tensor(piece)
+            attention[row, place:end] = 1
+            if trained:
+                labels[row, place:end] = torch.tensor(piece)
+            place = end
     optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0)
     for _ in range(steps):
         loss = model(input_ids=ids, attention_mask=attention, labels=labels).loss

@@ -7,6 +7,7 @@ import secrets
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -50,7 +51,8 @@ def two_nodes(tmp_path):
     yield f"http://127.0.0.1:{dashboard}", environment
     for node in nodes:
         for process in [*psutil.Process(node.pid).children(recursive=True), node]:
-            process.kill()
+            with suppress(psutil.NoSuchProcess):  # the one before it took it with it
+                process.kill()
         node.wait()
     assert not gone(lambda: of_run(tmp_path, "raylet", "gcs_server", "ray::"), 30)
 

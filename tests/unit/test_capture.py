@@ -40,7 +40,7 @@ def pid_of(store):
 def call(rollout, sequence=0, **changed):
     now = time.time()
     names = (rollout, 1, "source", sequence, f"request-{rollout}-{sequence}", 0, "agent", "policy", "chat", "{}")
-    sampled = ([1, 2], [3], [-0.5], [0], "{}", 1.0, "stop", True, "", now, now)
+    sampled = ([1, 2], [3], [-0.5], [0], "{}", 1.0, "stop", True, "", 0, now, now)
     made = Call(*names, *sampled)
     vars(made).update(changed)
     return made
