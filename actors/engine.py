@@ -109,9 +109,13 @@ class Engine:
 
     async def __serve_build_asgi_app__(self) -> Gateway:
         from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
         from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+        from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+        from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         from raygent.actors.capture import CapturingLLM, Recorder, SamplingRules
@@ -138,6 +142,12 @@ class Engine:
             lambda: self._served_version() >= 0,
             2 * self.config.agent.timeout_s + KEY_SLACK_S,
             self.config.model.max_tokens,
+            {
+                "chat": ChatCompletionRequest.model_validate,
+                "completions": CompletionRequest.model_validate,
+                "responses": ResponsesRequest.model_validate,
+                "messages": AnthropicMessagesRequest.model_validate,
+            },
         )
         return self.gateway
 

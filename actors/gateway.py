@@ -42,6 +42,14 @@ SWEEP_AT = 1024  # attempts remembered before the first look for those whose key
 PATH = re.compile(r"^/a/(?P<key>[^/]+)(?:/agent/(?P<agent>[^/]+))?(?P<rest>/.*)$", re.DOTALL)
 OVERFLOW = re.compile(r"maximum (context|model) length|context length|max_model_len", re.IGNORECASE)
 MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+MAX_MESSAGE = 4000  # characters of an error; vLLM's repeat the request
+ANTHROPIC_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+}
 REFUSED = {
     "use_beam_search": "beam search does not sample from the policy; leave it out",
     "background": "a call ends with its request; leave background out",
@@ -139,7 +147,8 @@ class Gateway:
     """ASGI middleware around vLLM's app. `ready()` tells whether the replica's weights are current.
 
     A key that lives longer than `key_life_s` from now is refused: so an attempt that ended can be forgotten after that time.
-    Where a request asks for more than `max_tokens` tokens, it gets these.
+    Where a request asks for more than `max_tokens` tokens, it gets these. `checks`: by API, what raises where a request's
+    body is none of that API.
     """
 
     def __init__(
@@ -150,7 +159,9 @@ class Gateway:
         ready: Callable[[], bool],
         key_life_s: float = KEY_LIFE_S,
         max_tokens: int | None = None,
+        checks: dict[str, Callable[[dict], object]] | None = None,
     ) -> None:
+        self.checks = checks or {}
         self.app, self.secret, self.max_calls, self.ready = app, secret, max_calls, ready
         self.key_life_s, self.max_tokens = key_life_s, max_tokens
         self.attempts: dict[tuple[str, int], AttemptState] = {}
@@ -260,27 +271,19 @@ class Gateway:
                 return {"type": "http.request", "body": body, "more_body": False}
             return await receive()  # a hang-up
 
-        refused: dict | None = (
-            None  # the start of a 400, held back until its body tells whether it is a context overflow
-        )
+        refused: dict | None = None  # the start of an error, held back until its body is there
         told = b""
 
         async def watch(message: dict) -> None:
             nonlocal refused, told
-            context.state.failed |= message.get("status", 0) >= 500
-            if message["type"] == "http.response.start" and message["status"] == 400:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
                 refused = message
                 return
             if refused is None:
                 return await send(message)
             told += message.get("body", b"")
-            if message.get("more_body"):
-                return
-            if found := _overflow(told):
-                context.state.overflow = True
-                return await refuse.overflow(found)
-            await send(refused)
-            await send({"type": "http.response.body", "body": told})
+            if not message.get("more_body"):
+                await self._tell_error(refused, told, body, context, send, refuse)
 
         task = asyncio.current_task()
         assert task is not None
@@ -294,6 +297,41 @@ class Gateway:
                 call.end()
             context.state.tasks.discard(task)
             current_call.reset(token)
+
+    async def _tell_error(
+        self, start: dict, told: bytes, body: bytes, context: CallContext, send: Callable, refuse: Refusal
+    ) -> None:
+        """Pass on vLLM's error, in the vendor's shape and words. A 5xx that vLLM's own check of such a request explains is
+        the client's doing and not ours: a 400."""
+        status, message = start["status"], _message(told)
+        if status == 400 and OVERFLOW.search(message):
+            context.state.overflow = True
+            return await refuse.overflow(message[:MAX_MESSAGE])
+        if status >= 500 and (why := self._fault_in(context.api, body)):
+            return await refuse(400, "invalid_request_error", why[:MAX_MESSAGE])
+        context.state.failed |= status >= 500
+        if refuse.anthropic or len(told) > MAX_MESSAGE:
+            kind = ANTHROPIC_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+            return await refuse(status, kind, message[:MAX_MESSAGE] or f"status {status}")
+        await send(start)
+        await send({"type": "http.response.body", "body": told})
+
+    def _fault_in(self, api: str, body: bytes) -> str:
+        """What vLLM's own model of such a request finds wrong with it; "" where it finds nothing."""
+        if api not in self.checks:
+            return ""
+        try:
+            request = json.loads(body)
+            self.checks[api](request)
+            json.dumps(request, ensure_ascii=False).encode()  # no text holds half a surrogate pair
+        except (
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+        ) as error:  # vLLM's validators trust the types they get
+            return f"the request has a value that cannot be right: {type(error).__name__}: {error}"
+        return ""
 
 
 class Refusal:
@@ -336,14 +374,14 @@ def _named(request: dict) -> str:
     return model if isinstance(model, str) and model not in ("", POLICY) else "agent"
 
 
-def _overflow(body: bytes) -> str:
-    """What vLLM says of a request that does not fit the context; "" where it is another error."""
+def _message(body: bytes) -> str:
+    """What an error of vLLM's says; "" where it is in no shape that is known."""
     try:
         error = json.loads(body).get("error", {})
     except (ValueError, AttributeError):
         return ""
     message = error.get("message") if isinstance(error, dict) else None
-    return message if isinstance(message, str) and OVERFLOW.search(message) else ""
+    return message if isinstance(message, str) else ""
 
 
 def _at(scope: dict, path: str, headers: dict[str, str]) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,11 @@ def call(rollout_id: str, sequence: int, prompt: Iterable[int], response: Iterab
         "finished": float(sequence) + 0.5,
     }
     return Call(rollout_id, prompt_token_ids=prompt, response_token_ids=response, sequence=sequence, **(plain | fields))
+
+
+def rows(calls: list[Call]) -> list[dict[str, Any]]:
+    """As the store hands them over."""
+    return [asdict(one) for one in calls]
 
 
 def logprob_of(number: int) -> float:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raygent.actors import gateway
-from raygent.actors.gateway import APIS, POLICY, Gateway, KeyRefused, current_call, mint_key, read_key
+from raygent.actors.gateway import APIS, MAX_MESSAGE, POLICY, Gateway, KeyRefused, current_call, mint_key, read_key
 
 SECRET = "secret"
 TEXT = st.text(max_size=40)
@@ -246,9 +246,42 @@ async def test_another_400_passes_as_it_is(body):
     async def send(message):
         sent.append(message)
 
-    await door({"type": "http", "method": "POST", "path": f"/a/{key_for()}/v1/messages", "headers": []}, receive, send)
+    path = f"/a/{key_for()}/v1/chat/completions"
+    await door({"type": "http", "method": "POST", "path": path, "headers": []}, receive, send)
     assert sent[0]["status"] == 400 and b"".join(message.get("body", b"") for message in sent) == body
     assert not any(state.overflow for state in door.attempts.values())
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"), [(400, "invalid_request_error"), (404, "not_found_error"), (500, "api_error")]
+)
+async def test_an_error_of_the_engine_is_told_in_anthropics_shape(status, kind):
+    door = gate(App(status, b'{"error": {"message": "no", "type": "Bad Request", "code": 400}}'))
+    told = {"type": "error", "error": {"type": kind, "message": "no"}}
+    assert await call(door, f"/a/{key_for()}/v1/messages") == (status, told)
+
+
+async def test_an_error_that_repeats_the_request_is_cut():
+    door = gate(App(400, json.dumps({"error": {"message": "x" * 10**6}}).encode()))
+    status, answer = await call(door, f"/a/{key_for()}/v1/chat/completions")
+    assert (status, answer["error"]["message"]) == (400, "x" * MAX_MESSAGE)
+
+
+async def test_an_engines_failure_over_a_wrong_request_is_the_clients():
+    def check(body):
+        return body["stop"].get("x")  # a validator that trusts what it gets
+
+    door = gate(
+        App(500, b'{"error": {"message": "no attribute", "type": "InternalServerError"}}'), checks={"chat": check}
+    )
+    path = f"/a/{key_for()}/v1/chat/completions"
+    status, answer = await call(door, path, b'{"stop": "text"}')
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert "cannot be right" in answer["error"]["message"]
+    assert not door.attempts["r", 1].failed
+    assert (await call(door, path, b'{"stop": {}, "user": "\\ud800"}'))[0] == 400
+    assert (await call(door, path, b'{"stop": {}}'))[0] == 500
+    assert door.attempts["r", 1].failed
 
 
 async def test_more_calls_than_max_calls():

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from conversations import call, conversations, logprob_of
+from conversations import call, conversations, logprob_of, rows
 from hypothesis import given, settings
 
 from raygent.algorithms.batch import to_samples
 from raygent.algorithms.trajectory import Trajectory, build, paths
 from raygent.records import Call, Sample
-
-
-def rows(calls: list[Call]) -> list[dict[str, Any]]:
-    return [asdict(one) for one in calls]
 
 
 def samples_of(calls: list[Call], advantage: float = 0.5) -> list[Sample]:

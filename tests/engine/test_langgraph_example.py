@@ -1,0 +1,99 @@
+"""The LangGraph example: the same file against a vendor's endpoint and against raygent, which trains the agents it is told to."""
+
+import asyncio
+import importlib
+import json
+import sqlite3
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from conversations import config, rollout, tables
+
+from raygent.algorithms.batch import make_samples
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "sql"
+MODULES = ("database", "agent", "langgraph_agent")
+
+
+@pytest.fixture(scope="module")
+def example() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(EXAMPLE))
+    yield importlib.import_module("langgraph_agent")
+    sys.path.remove(str(EXAMPLE))
+    for name in MODULES:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> dict[str, str]:
+    path = tmp_path / "shop.sqlite"
+    connection = sqlite3.connect(path)
+    connection.executescript("CREATE TABLE items (name TEXT); INSERT INTO items VALUES ('pen')")
+    connection.close()
+    return {"database": str(path), "schema": "shop : items", "question": "which items ?"}
+
+
+@pytest.fixture
+def vendor() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """An OpenAI-compatible endpoint that gets the first query wrong; its base_url, and the requests it got."""
+    got: list[dict[str, Any]] = []
+
+    class Vendor(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            got.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
+            text = "SELECT title FROM items" if len(got) == 1 else "```sql\nSELECT name FROM items\n```"
+            message = {"role": "assistant", "content": text}
+            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+            usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+            body = {"id": "1", "object": "chat.completion", "created": 1, "model": got[-1]["model"], "choices": choices}
+            told = json.dumps(body | {"usage": usage}).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(told)))
+            self.end_headers()
+            self.wfile.write(told)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Vendor)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", got
+    server.shutdown()
+    server.server_close()
+
+
+def test_it_knows_nothing_of_raygent() -> None:
+    assert all("raygent" not in (EXAMPLE / f"{name}.py").read_text() for name in MODULES)
+
+
+def test_a_vendors_endpoint_will_do(example, task, vendor) -> None:
+    base_url, got = vendor
+    sql = asyncio.run(example.answer(task, SimpleNamespace(base_url=base_url, api_key="sk")))
+    assert sql == "SELECT name FROM items"
+    assert [request["model"] for request in got] == ["writer", "rewriter"]
+    assert "no such column" in got[1]["messages"][-1]["content"]
+
+
+@pytest.mark.parametrize("train", [["writer"], ["rewriter"], ["writer", "rewriter"]])
+def test_the_agents_that_are_named_are_trained(example, task, attempt, train) -> None:
+    attempts = [attempt() for _ in range(2)]
+    calls = []
+    for one in attempts:
+        endpoint = SimpleNamespace(base_url=f"{one.base_url}/v1", api_key=one.key)
+        asyncio.run(example.answer(task, endpoint))  # the model knows no SQL: each query fails
+        calls += one.calls()
+    assert [call["agent"] for call in calls] == ["writer", "rewriter", "rewriter"] * 2
+    batch = tables([rollout(one.id, "group", reward) for one, reward in zip(attempts, (1.0, 0.0), strict=True)], calls)
+    settings = config(agent={"run": "agent:run", "train": train})
+    samples, metrics = make_samples(batch, settings)
+    assert {sample.agent for sample in samples} == set(train)
+    sampled = sum(len(call["response_token_ids"]) for call in calls if call["agent"] in train)
+    assert metrics["tokens_trained"] == sum(int(sample.loss_mask.sum()) for sample in samples) == sampled
+    assert metrics["tokens_sampled"] == sum(len(call["response_token_ids"]) for call in calls)
