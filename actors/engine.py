@@ -175,7 +175,7 @@ class Engine:
     ) -> tuple[str, dict[tuple[str, int], dict[str, Any]]]:
         """End the attempts: refuse their keys, cancel what they have in flight, and wait until it is recorded.
 
-        Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls", "failed"}.
+        Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls", "failed", "spans"}.
         """
         states = {key: self.gateway.end_attempt(*key) for key in attempts}
         while any(state.tasks or state.recording for state in states.values()):
@@ -191,6 +191,7 @@ class Engine:
                 "overflow": state.overflow,
                 "over_max_calls": state.over_max_calls,
                 "failed": state.failed or self.llm.errored,
+                "spans": state.spans,
             }
             for key, state in states.items()
         }

@@ -41,7 +41,7 @@ class EngineHandle:
         return self.broadcast("status", timeout_s=30.0)
 
     def close_attempts(self, attempts: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
-        """End attempts on every replica: {attempt: {source: {"calls", "overflow", "over_max_calls", "failed"}}}."""
+        """End attempts on every replica: {attempt: {source: {"calls", "overflow", "over_max_calls", "failed", "spans"}}}."""
         answers = self.broadcast("close_attempts", attempts)
         return {attempt: {source: closed[attempt] for source, closed in answers} for attempt in attempts}
 

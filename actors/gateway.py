@@ -5,6 +5,7 @@ A key is stateless: what it is for, signed (HMAC-SHA256). It stands in the path,
 
     {route}/a/KEY/v1/chat/completions
     {route}/a/KEY/agent/NAME/v1/messages
+    {route}/a/KEY/v1/traces                   OpenTelemetry's, kept as the attempt's spans
     {route}/v1/responses                      with the key as `Authorization: Bearer` or `x-api-key`
 
 The agent's name is the path segment, else the header `x-raygent-agent`, else the model name it asks for where that is not
@@ -27,6 +28,7 @@ from typing import Any, Protocol
 from urllib.parse import unquote
 
 from raygent.actors.continuation import Run
+from raygent.actors.otlp import PROTOBUF, spans_of
 from raygent.agent import POLICY
 
 APIS = {
@@ -35,6 +37,8 @@ APIS = {
     "/v1/responses": "responses",
     "/v1/messages": "messages",
 }
+TRACES = "/v1/traces"
+MOST_SPANS = 10_000  # of OpenTelemetry's, an attempt and replica
 UNRECORDED = ("/v1/models", "/v1/messages/count_tokens")  # need a key, sample nothing
 MAX_BODY_BYTES = 64 * 2**20
 KEY_LIFE_S = 86_400.0
@@ -116,6 +120,7 @@ class AttemptState:
     tasks: set[asyncio.Task] = field(default_factory=set)  # requests not answered yet
     recording: set[asyncio.Task] = field(default_factory=set)  # calls on their way to the store
     responses: set[str] = field(default_factory=set)  # ids of what the Responses API keeps for it
+    spans: list[dict[str, Any]] = field(default_factory=list)  # that the agent's own OpenTelemetry sent
     runs: dict[str, list[Run]] = field(default_factory=dict)  # by agent, for exact continuation
 
 
@@ -212,6 +217,8 @@ class Gateway:
         except KeyRefused as error:
             return await refuse(401, "authentication_error", f"{error}; use the base_url and api_key of your attempt")
         api = APIS.get(rest)
+        if rest == TRACES and scope["method"] == "POST":
+            return await self._take_spans(state, headers, receive, send, refuse)
         if api is None and rest not in UNRECORDED:
             return await refuse(404, "not_found_error", f"no {rest} here; there are {', '.join([*APIS, *UNRECORDED])}")
         if scope["method"] == "GET":
@@ -257,6 +264,28 @@ class Gateway:
                 request[name] = min(request[name], self.max_tokens)
         changed = json.dumps(request).encode()
         await self._serve(_at(scope, rest, headers), changed, receive, send, context, refuse)
+
+    async def _take_spans(
+        self, state: AttemptState, headers: dict[str, str], receive: Callable, send: Callable, refuse: Refusal
+    ) -> None:
+        body = await _body(receive)
+        if body is None:
+            return await refuse(413, "request_too_large", f"a request has at most {MAX_BODY_BYTES >> 20} MiB")
+        content_type = headers.get("content-type", "")
+        try:
+            spans = spans_of(body, content_type, headers.get("content-encoding", ""))
+        except ValueError as error:
+            return await refuse(400, "invalid_request_error", f"the traces: {error}"[:MAX_MESSAGE])
+        if state.ended:
+            return await refuse(401, "authentication_error", "this attempt has ended; its key is refused")
+        if len(state.spans) + len(spans) > MOST_SPANS:
+            return await refuse(413, "request_too_large", f"an attempt keeps {MOST_SPANS} spans of OpenTelemetry's")
+        state.spans += spans
+        protobuf = content_type.startswith(PROTOBUF)
+        answer = b"" if protobuf else b"{}"  # an ExportTraceServiceResponse with nothing to say
+        kind = PROTOBUF if protobuf else "application/json"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind.encode())]})
+        await send({"type": "http.response.body", "body": answer})
 
     async def _serve(
         self, scope: dict, body: bytes, receive: Callable, send: Callable, context: CallContext, refuse: Refusal

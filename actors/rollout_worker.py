@@ -131,6 +131,8 @@ class RolloutWorker:
         try:
             closed = await closing
             self.sources = frozenset(closed)
+            for span in (span for of in closed.values() for span in of["spans"]):
+                recorder("spans", span)
             check_engine(ended, sources, closed, endpoint)
             outcome, error, verdict = await self._judge(lease, ended, closed, recorder)
         except EngineLost as lost:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from raygent.cluster.start import quiet_environment
 
@@ -13,6 +14,9 @@ quiet_environment()  # before Ray is imported: under `uv run` it would make its 
 import ray  # noqa: E402
 
 from raygent.cluster.parts import NAMESPACE  # noqa: E402
+
+settings.register_profile("raygent", deadline=None)  # how long an example takes is the machine's affair
+settings.load_profile("raygent")
 
 
 @pytest.fixture(scope="session")

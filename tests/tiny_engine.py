@@ -70,7 +70,7 @@ class TinyEngine:
     async def close_attempts(self, attempts):
         states = {key: self.gateway.end_attempt(*key) for key in attempts}
         return self.source, {
-            key: {name: getattr(state, name) for name in ("overflow", "over_max_calls", "failed")}
+            key: {name: getattr(state, name) for name in ("overflow", "over_max_calls", "failed", "spans")}
             | {"calls": state.recorded}
             for key, state in states.items()
         }

@@ -283,6 +283,37 @@ def test_a_lost_lease_stops_the_agent_and_what_it_started(setup, processes_of):
     wait_for(lambda: not processes_of("sleep 7551"))
 
 
+INSTRUMENTED = """
+import os, httpx
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+provider = TracerProvider()
+provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+with provider.get_tracer("agent").start_as_current_span("search", attributes={"hits": 3, "words": ["a", "b"]}):
+    body = {"messages": [{"role": "user", "content": "hello"}]}
+    httpx.post(os.environ["OPENAI_BASE_URL"] + "/chat/completions", json=body, timeout=30).raise_for_status()
+provider.shutdown()
+print(0.5)
+"""
+
+
+def test_an_instrumented_programs_traces_are_its_spans(setup):
+    on = setup("answer", timeout_s=30.0)
+    (on.folder / "instrumented.py").write_text(INSTRUMENTED)
+    on.config.agent.run, on.config.agent.command = None, [sys.executable, "instrumented.py"]
+    on.worker()
+    on.ask(["traced"])
+    row = on.ended()["traced"]
+    assert (row["outcome"], row["reward"], len(row["calls"])) == ("succeeded", 0.5, 1)
+    ray.get(on.store.close.remote())
+    (span,) = [span for span in pq.read_table(on.folder / "store" / "spans").to_pylist() if span["kind"] == "otlp"]
+    assert (span["name"], json.loads(span["attributes"])) == ("search", {"hits": 3, "words": ["a", "b"]})
+    assert span["started"] <= row["calls"][0]["started"] <= row["calls"][0]["finished"] <= span["finished"]
+
+
 def test_a_worker_worn_out_by_hung_threads_is_replaced(setup):
     on = setup("hangs_in_thread", timeout_s=0.5, workers={"rollouts_each": 4})
     pool = on.pool()

@@ -1,0 +1,86 @@
+"""OpenTelemetry traces, as exporters send them over OTLP/HTTP, to the spans of an attempt.
+
+https://opentelemetry.io/docs/specs/otlp/#otlphttp: protobuf or JSON, whole or gzipped.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import DecodeError
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+
+PROTOBUF = "application/x-protobuf"
+MAX_BYTES = 16 << 20  # of a request, unzipped
+NANO = 1e9
+
+
+def spans_of(body: bytes, content_type: str, encoding: str) -> list[dict[str, Any]]:
+    """The spans of an export request: name, kind "otlp", attributes (with status and events where they say something),
+    started, finished (Unix seconds). Raises ValueError where the body is no such request, or larger than MAX_BYTES."""
+    if encoding == "gzip":
+        body = _unzipped(body)
+    elif encoding not in ("", "identity"):
+        raise ValueError(f"content-encoding {encoding!r}; use gzip or none")
+    if content_type.startswith(PROTOBUF):
+        try:
+            whole = MessageToDict(ExportTraceServiceRequest.FromString(body))
+        except DecodeError as error:
+            raise ValueError(f"no ExportTraceServiceRequest: {error}") from error
+    try:
+        if not content_type.startswith(PROTOBUF):
+            whole = json.loads(body)
+        return [
+            _span(span)
+            for resource in whole.get("resourceSpans") or []
+            for scope in resource.get("scopeSpans") or []
+            for span in scope.get("spans") or []
+        ]
+    except (TypeError, AttributeError, LookupError, RecursionError, OverflowError) as error:
+        raise ValueError(f"no ExportTraceServiceRequest: {error}") from error
+
+
+def _unzipped(body: bytes) -> bytes:
+    stream = zlib.decompressobj(31)
+    try:
+        whole = stream.decompress(body, MAX_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"not gzip: {error}") from error
+    if stream.unconsumed_tail or not stream.eof:
+        raise ValueError(f"cut off, or over {MAX_BYTES >> 20} MiB unzipped")
+    return whole
+
+
+def _span(span: dict[str, Any]) -> dict[str, Any]:
+    attributes = _attributes(span)
+    if status := {key: value for key, value in (span.get("status") or {}).items() if value}:
+        attributes["otlp.status"] = status
+    if events := span.get("events"):
+        attributes["otlp.events"] = [{"name": str(event.get("name", "")), **_attributes(event)} for event in events]
+    started, finished = (int(span.get(key) or 0) / NANO for key in ("startTimeUnixNano", "endTimeUnixNano"))
+    return {
+        "kind": "otlp",
+        "name": str(span.get("name", "")),
+        "attributes": attributes,
+        "started": started,
+        "finished": finished,
+    }
+
+
+def _attributes(of: dict[str, Any]) -> dict[str, Any]:
+    return {str(entry["key"]): _value(entry.get("value") or {}) for entry in of.get("attributes") or []}
+
+
+def _value(value: dict[str, Any]) -> Any:
+    """The value of an AnyValue."""
+    ((kind, inner),) = value.items() if value else (("none", None),)
+    if kind == "intValue":
+        return int(inner)  # JSON has 64-bit integers as text
+    if kind == "arrayValue":
+        return [_value(item) for item in inner.get("values") or []]
+    if kind == "kvlistValue":
+        return {str(entry["key"]): _value(entry.get("value") or {}) for entry in inner.get("values") or []}
+    return inner

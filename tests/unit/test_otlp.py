@@ -1,0 +1,92 @@
+"""OpenTelemetry's traces become spans; what is no trace is told so, whatever it is."""
+
+import gzip
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from raygent.actors import otlp
+from raygent.actors.otlp import PROTOBUF, spans_of
+
+
+@pytest.fixture
+def exported() -> bytes:
+    """What OpenTelemetry's own exporter would send of two spans, one of which failed."""
+    memory, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(memory))
+    tracer = provider.get_tracer("agent")
+    with pytest.raises(LookupError), tracer.start_as_current_span("plan", attributes={"depth": 2, "cost": 0.5}):
+        with tracer.start_as_current_span("search", attributes={"q": "ü", "hits": ["a", "b"], "found": False}):
+            pass
+        raise LookupError("no table")
+    return encode_spans(memory.get_finished_spans()).SerializeToString()
+
+
+@pytest.mark.parametrize("encoding", ["", "gzip"])
+def test_spans_as_the_exporter_sends_them(exported, encoding):
+    body = gzip.compress(exported) if encoding else exported
+    search, plan = spans_of(body, PROTOBUF, encoding)
+    assert (search["name"], search["kind"]) == ("search", "otlp")
+    assert search["attributes"] == {"q": "ü", "hits": ["a", "b"], "found": False}
+    assert plan["started"] <= search["started"] <= search["finished"] <= plan["finished"]
+    assert (plan["attributes"]["depth"], plan["attributes"]["cost"]) == (2, 0.5)
+    assert plan["attributes"]["otlp.status"]["code"] == "STATUS_CODE_ERROR"
+    (event,) = plan["attributes"]["otlp.events"]
+    assert (event["name"], event["exception.message"]) == ("exception", "no table")
+
+
+def test_spans_in_json():
+    value = {"kvlistValue": {"values": [{"key": "a", "value": {"intValue": "7"}}, {"key": "b", "value": {}}]}}
+    span = {"name": "s", "attributes": [{"key": "x", "value": value}], "startTimeUnixNano": "1500000000"}
+    body = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}).encode()
+    told = {"kind": "otlp", "name": "s", "attributes": {"x": {"a": 7, "b": None}}, "started": 1.5, "finished": 0.0}
+    assert spans_of(body, "application/json", "") == [told]
+    assert spans_of(b"{}", "application/json", "") == []
+
+
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+ODD = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                ["resourceSpans", "scopeSpans", "spans", "attributes", "key", "value", "intValue", "events", "status"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(ODD, st.binary(max_size=60))
+def test_anything_else_is_a_value_error(tree, raw):
+    for body, kind, encoding in (
+        (json.dumps(tree).encode(), "application/json", ""),
+        (json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [tree]}]}]}).encode(), "application/json", ""),
+        (raw, PROTOBUF, ""),
+        (raw, "", "gzip"),
+        (raw, "", "br"),
+    ):
+        try:
+            assert isinstance(spans_of(body, kind, encoding), list)
+        except ValueError as error:
+            assert str(error)
+
+
+def test_what_unzips_to_too_much_is_refused(monkeypatch):
+    monkeypatch.setattr(otlp, "MAX_BYTES", 1000)
+    with pytest.raises(ValueError, match="over 0 MiB unzipped"):
+        spans_of(gzip.compress(b" " * 2000), "application/json", "gzip")
+    whole = gzip.compress(b"{}")
+    assert spans_of(whole, "application/json", "gzip") == []
+    with pytest.raises(ValueError, match="cut off"):
+        spans_of(whole[:-1], "application/json", "gzip")
