@@ -76,7 +76,9 @@ def _attributes(of: dict[str, Any]) -> dict[str, Any]:
 
 def _value(value: dict[str, Any]) -> Any:
     """The value of an AnyValue."""
-    ((kind, inner),) = value.items() if value else (("none", None),)
+    kind: str
+    inner: Any
+    kind, inner = next(iter(value.items()), ("none", None))
     if kind == "intValue":
         return int(inner)  # JSON has 64-bit integers as text
     if kind == "arrayValue":
