@@ -26,7 +26,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.output_processor import RequestState
 
-from raygent.actors.continuation import Prompt, Run, continued, reader, tools_of
+from raygent.actors.continuation import Prompt, Run, continued, reader
 from raygent.actors.gateway import CallContext, current_call
 from raygent.records import CALLS, Call, to_batch
 
@@ -137,6 +137,9 @@ class RunningCall:
         self.started = time.time()
         self.recording: asyncio.Task[None] | None = None
         self.prompt = Prompt(np.empty(0, np.int32))
+        self.rendered: list[int] | None = (
+            None  # the prompt that the client's API knows of, where the engine got another
+        )
 
     def go_on(self, prompt: Any) -> Any:
         """`prompt`, vLLM's input for the engine, from the conversation's own tokens where it is one that goes on (see
@@ -144,8 +147,10 @@ class RunningCall:
         ids = prompt.get("prompt_token_ids") if isinstance(prompt, dict) and prompt.get("type") == "token" else None
         if ids is None or self.context.api == "completions":
             return prompt
-        read = reader(self.llm.parser_class, self.llm.get_tokenizer(), tools_of(self.context.request))
-        earlier = self.context.state.runs.get(self.context.agent, [])
+        earlier = self.context.state.runs.get(self.context.agent)
+        if not earlier:
+            return prompt
+        read = reader(self.llm.parser_class, self.llm.get_tokenizer(), self.context.tools)
         found = continued(ids, earlier, self.llm.ends, read)
         room = self.llm.model_config.max_model_len - len(found.tokens)
         if room < 1:
@@ -153,6 +158,7 @@ class RunningCall:
         self.prompt = found
         if not found.own:
             return prompt
+        self.rendered = list(ids)
         self.params.max_tokens = min(self.params.max_tokens or room, room)
         return TokensInput(type="token", prompt_token_ids=found.tokens.tolist()) | {
             key: prompt[key] for key in ("arrival_time", "cache_salt") if key in prompt
@@ -184,7 +190,7 @@ class RunningCall:
         calls = [self._call(choice, sampling) for choice in sorted(self.states)]
         if self.llm.exact:
             runs = state.runs.setdefault(self.context.agent, [])
-            for call in calls:
+            for call in (call for call in calls if call.response_token_ids):
                 tokens = np.asarray(call.prompt_token_ids + call.response_token_ids, np.int32)
                 runs.append(Run(tokens, (*self.prompt.starts, len(call.prompt_token_ids))))
         if calls:
@@ -285,6 +291,8 @@ class CapturingLLM(AsyncLLM):
             async with aclosing(super().generate(prompt, call.params, request_id, **rest)) as outputs:
                 async for output in outputs:
                     call.note(output)
+                    if call.rendered is not None:
+                        output.prompt_token_ids = call.rendered  # parsers of a stream look for an end of thinking in it
                     if output.finished and (recording := call.end()):
                         await asyncio.shield(recording)
                     yield output

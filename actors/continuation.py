@@ -4,16 +4,19 @@ An agent sends its whole conversation with every call, as messages. Rendered aga
 that were sampled: its text is cut differently, a template writes tool calls its own way or leaves out earlier thinking. The
 prompt would be one that no sampled token stood in, and the calls would be branches of the trajectory.
 
-Here the rendered prompt is compared with what the same agent's earlier calls ran on, turn by turn (a turn ends with the
-model's end token). Turns have to be equal to the token; a turn that was sampled has to say the same: the content and the
-tool calls that vLLM's own parser finds in both, JSON compared as JSON, white space at the ends aside; thinking may be
-lacking. Then the prompt is the earlier call's own tokens and the rendering of what was added. Else it was edited: the
-prompt stays as it was rendered, and the trajectory shows a branch.
+Here the rendered prompt is compared with what the same agent's earlier calls ran on, turn by turn (a turn ends with one of
+the model's end tokens). Turns have to be equal to the token; a turn that was sampled has to say the same: by vLLM's own
+parser the same content and tool calls (arguments compared as JSON), the same text behind these, white space at the ends
+aside; thinking may be lacking. Then the prompt is the earlier call's own tokens and the rendering of what was added. What
+cannot be told, such as a reply that reads as nothing, counts as edited: the prompt stays as it was rendered, and the
+trajectory shows a branch.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,14 +24,21 @@ from typing import Any
 
 import numpy as np
 
+logger = logging.getLogger("raygent.engine")
+OPENER = re.compile(r"<think(ing)?>\s*(</think(ing)?>)?")
+ANY_TOOL = [{"type": "function", "function": {"name": "any", "parameters": {}}}]  # without one parsers read no calls
+
 
 @dataclass(frozen=True)
 class Reply:
-    """What a turn says. `calls`: name and arguments (parsed JSON, or the text where it is none) of each tool call."""
+    """What a turn says. `calls`: name and arguments (JSON in one way of writing it) of each tool call; `tail`: the text
+    behind the last of them; `text`: all of it."""
 
     reasoning: str
     content: str
-    calls: list[tuple[str, Any]]
+    calls: list[tuple[str, str]]
+    tail: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class Prompt:
 
 
 def continued(
-    rendered: Sequence[int], earlier: list[Run], ends: Sequence[int], read: Callable[[list[int]], Reply]
+    rendered: Sequence[int], earlier: list[Run], ends: Sequence[int], read: Callable[[list[int]], Reply | None]
 ) -> Prompt:
     """The prompt that goes on from the longest of the `earlier` calls whose conversation `rendered` begins with.
 
@@ -58,16 +68,21 @@ def continued(
     """
     tokens = np.asarray(rendered, np.int32)
     borders = _borders(tokens, ends)
-    for run in sorted(earlier, key=lambda run: -len(run.tokens)):
+    found = []
+    for place, run in enumerate(earlier):
         after = _said_by(run, tokens, borders, ends, read)
         if after is not None:
-            whole = len(run.tokens)
-            if np.array_equal(run.tokens, tokens[:whole]):
-                return Prompt(tokens, 0, run.starts)
-            # A reply that was cut off at its limit has no end token of its own: the rendering's one
-            rest = after if run.tokens[-1] in ends else after - 1
-            return Prompt(np.concatenate([run.tokens, tokens[rest:]]), whole, run.starts)
-    return Prompt(tokens)
+            same = np.array_equal(run.tokens, tokens[: len(run.tokens)])
+            found.append((after, same, place))  # the longest, before it the one that is equal, before it the newest
+    if not found:
+        return Prompt(tokens)
+    after, same, place = max(found)
+    run = earlier[place]
+    if same:
+        return Prompt(tokens, 0, run.starts)
+    # A reply that was cut off at its limit has no end token of its own: the rendering's one
+    rest = after if run.tokens[-1] in ends else after - 1
+    return Prompt(np.concatenate([run.tokens, tokens[rest:]]), len(run.tokens), run.starts)
 
 
 def _borders(tokens: np.ndarray, ends: Sequence[int]) -> list[int]:
@@ -76,7 +91,7 @@ def _borders(tokens: np.ndarray, ends: Sequence[int]) -> list[int]:
 
 
 def _said_by(
-    run: Run, tokens: np.ndarray, borders: list[int], ends: Sequence[int], read: Callable[[list[int]], Reply]
+    run: Run, tokens: np.ndarray, borders: list[int], ends: Sequence[int], read: Callable[[list[int]], Reply | None]
 ) -> int | None:
     """Where in the rendered `tokens` that which `run` holds has ended; None where they do not begin with it."""
     ours = _borders(run.tokens, ends)
@@ -96,57 +111,75 @@ def _said_by(
 
 
 def _same_reply(
-    own: np.ndarray, theirs: np.ndarray, start: int, ends: Sequence[int], read: Callable[[list[int]], Reply]
+    own: np.ndarray, theirs: np.ndarray, start: int, ends: Sequence[int], read: Callable[[list[int]], Reply | None]
 ) -> bool:
     """Whether the turn `theirs` says what `own` says, of which all from `start` on was sampled."""
+    if own[-1] in ends and own[-1] != theirs[-1]:
+        return False  # of some models the end of a turn says whose the next is
     head = min(start, len(theirs))
     unlike = np.flatnonzero(own[:head] != theirs[:head])
-    common = (
-        int(unlike[0]) if len(unlike) else head
-    )  # of the turn's header: a template may open the thinking in one alone
+    common = int(unlike[0]) if len(unlike) else head
+    if common < start and not read_opener(read, own[common:start].tolist()):
+        return False  # what was not sampled is compared to the token
     ours, rendered = (read([token for token in turn[common:].tolist() if token not in ends]) for turn in (own, theirs))
     return (
-        ours.content == rendered.content and ours.calls == rendered.calls and rendered.reasoning in ("", ours.reasoning)
+        ours is not None
+        and rendered is not None
+        and bool(rendered.content or rendered.calls)
+        and (ours.content, ours.calls, ours.tail) == (rendered.content, rendered.calls, rendered.tail)
+        and rendered.reasoning in ("", ours.reasoning)
     )
 
 
-def reader(parser_class: Any, tokenizer: Any, tools: list[dict[str, Any]]) -> Callable[[list[int]], Reply]:
-    """Reads replies with vLLM's own parser of the model's family (None: a reply is its text), offered `tools` as Chat
-    Completions has them."""
+def read_opener(read: Callable[[list[int]], Reply | None], tokens: list[int]) -> bool:
+    """Whether all that `tokens`, the end of a turn's header, do is open the thinking, or open and close it."""
+    reply = read(tokens)
+    return reply is not None and OPENER.fullmatch(reply.text.strip()) is not None
 
-    def read(tokens: list[int]) -> Reply:
+
+def reader(parser_class: Any, tokenizer: Any, tools: list[dict[str, Any]]) -> Callable[[list[int]], Reply | None]:
+    """Reads replies with vLLM's own parser of the model's family (None: a reply is its text), offered `tools` as Chat
+    Completions has them. It gives None for what the parser fails at."""
+
+    def read(tokens: list[int]) -> Reply | None:
         text = tokenizer.decode(tokens, skip_special_tokens=False)
         if parser_class is None:
-            return Reply("", text.strip(), [])
+            return Reply("", text.strip(), [], "", text)
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
-        request = ChatCompletionRequest(messages=[{"role": "user", "content": ""}], model="policy", tools=tools or None)
-        parser = parser_class(tokenizer, request.tools)
-        reasoning, content, found = parser.parse(text, request, enable_auto_tools=True)
-        if content is None and not found and "</" not in text:
+        messages = [{"role": "user", "content": ""}]
+        try:
+            request = ChatCompletionRequest(messages=messages, model="policy", tools=tools or ANY_TOOL)
+            parser = parser_class(tokenizer, request.tools)
+            reasoning, content, found = parser.parse(text, request, enable_auto_tools=True)
+        except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:  # it reads what was sampled
+            logger.warning("a reply is not read: %s", error)
+            return None
+        if content is None and not found and "think" not in text.lower():
             reasoning, content = None, reasoning  # to some parsers what never ends its thinking is thinking
         calls = [(call.name, _json(call.arguments)) for call in found or []]
-        return Reply((reasoning or "").strip(), (content or "").strip(), calls)
+        tail = re.split("[}>]", text)[-1].strip() if calls else ""  # some parsers leave out what comes behind the calls
+        return Reply((reasoning or "").strip(), (content or "").strip(), calls, tail, text)
 
     return read
 
 
-def _json(text: str) -> Any:
+def _json(text: str) -> str:
+    """One text for all writings of a JSON value; what is none as it is."""
     try:
-        return json.loads(text)
-    except ValueError:
+        return json.dumps(json.loads(text), sort_keys=True)
+    except (ValueError, RecursionError):
         return text
 
 
-def tools_of(request: str) -> list[dict[str, Any]]:
+def tools_of(request: dict[str, Any]) -> list[dict[str, Any]]:
     """The functions that a request's body offers, whichever API's, as Chat Completions has them."""
-    found = json.loads(request).get("tools")
-    named = [tool.get("function", tool) for tool in found or [] if isinstance(tool, dict)]
-    return [
-        {
-            "type": "function",
-            "function": {"name": tool["name"], "parameters": tool.get("parameters") or tool.get("input_schema") or {}},
-        }
-        for tool in named
-        if isinstance(tool, dict) and isinstance(tool.get("name"), str)
-    ]
+    tools = request.get("tools")
+    named = [tool.get("function", tool) for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    found = []
+    for tool in named:
+        if isinstance(tool, dict) and isinstance(tool.get("name"), str):
+            parameters = tool.get("parameters") or tool.get("input_schema")
+            function = {"name": tool["name"], "parameters": parameters if isinstance(parameters, dict) else {}}
+            found.append({"type": "function", "function": function})
+    return found

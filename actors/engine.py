@@ -185,6 +185,7 @@ class Engine:
                 self.responses.response_store.pop(response, None)
                 self.responses.msg_store.pop(response, None)
             state.responses.clear()
+            state.runs.clear()  # the state itself is kept until its keys have expired
         return self.source, {
             key: {
                 "calls": state.recorded,

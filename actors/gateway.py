@@ -27,8 +27,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-from raygent.actors.continuation import Run
-from raygent.actors.otlp import PROTOBUF, spans_of
+from raygent.actors.continuation import Run, tools_of
+from raygent.actors.otlp import MAX_BYTES, PROTOBUF, spans_of
 from raygent.agent import POLICY
 
 APIS = {
@@ -45,6 +45,7 @@ KEY_LIFE_S = 86_400.0
 SWEEP_AT = 1024  # attempts remembered before the first look for those whose keys have expired
 PATH = re.compile(r"^/a/(?P<key>[^/]+)(?:/agent/(?P<agent>[^/]+))?(?P<rest>/.*)$", re.DOTALL)
 OVERFLOW = re.compile(r"maximum (context|model) length|context length|max_model_len", re.IGNORECASE)
+OVERFLOW_WITHIN = 400  # characters: what comes later may repeat the request
 MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 MAX_MESSAGE = 4000  # characters of an error; vLLM's repeat the request
 ANTHROPIC_KINDS = {
@@ -121,6 +122,7 @@ class AttemptState:
     recording: set[asyncio.Task] = field(default_factory=set)  # calls on their way to the store
     responses: set[str] = field(default_factory=set)  # ids of what the Responses API keeps for it
     spans: list[dict[str, Any]] = field(default_factory=list)  # that the agent's own OpenTelemetry sent
+    span_bytes: int = 0
     runs: dict[str, list[Run]] = field(default_factory=dict)  # by agent, for exact continuation
 
 
@@ -141,6 +143,7 @@ class CallContext:
     api: str
     request: str  # the body as the client sent it
     untrainable: str = ""  # why nothing sampled for this request may be trained on
+    tools: list[dict[str, Any]] = field(default_factory=list)  # offered, as Chat Completions has them
     running: set[Running] = field(default_factory=set)
     over: bool = False  # answered, or hung up: nothing may be sampled any more
 
@@ -256,6 +259,7 @@ class Gateway:
             api or "",
             body.decode("utf-8", "replace"),
             "prompt_logprobs_only" if only_prompt else "",
+            tools_of(request),
         )
         request["model"] = POLICY
         request.pop("request_id", None)  # vLLM would make it its own, and calls of one id would be one to the capture
@@ -271,15 +275,17 @@ class Gateway:
         body = await _body(receive)
         if body is None:
             return await refuse(413, "request_too_large", f"a request has at most {MAX_BODY_BYTES >> 20} MiB")
-        content_type = headers.get("content-type", "")
+        content_type = headers.get("content-type", "").lower()
         try:
-            spans = spans_of(body, content_type, headers.get("content-encoding", ""))
+            spans = spans_of(body, content_type, headers.get("content-encoding", "").lower())
         except ValueError as error:
             return await refuse(400, "invalid_request_error", f"the traces: {error}"[:MAX_MESSAGE])
         if state.ended:
             return await refuse(401, "authentication_error", "this attempt has ended; its key is refused")
-        if len(state.spans) + len(spans) > MOST_SPANS:
-            return await refuse(413, "request_too_large", f"an attempt keeps {MOST_SPANS} spans of OpenTelemetry's")
+        if len(state.spans) + len(spans) > MOST_SPANS or state.span_bytes + len(body) > MAX_BYTES:
+            limits = f"{MOST_SPANS} spans and {MAX_BYTES >> 20} MiB"
+            return await refuse(413, "request_too_large", f"an attempt keeps {limits} of OpenTelemetry's")
+        state.span_bytes += len(body)
         state.spans += spans
         protobuf = content_type.startswith(PROTOBUF)
         answer = b"" if protobuf else b"{}"  # an ExportTraceServiceResponse with nothing to say
@@ -333,7 +339,7 @@ class Gateway:
         """Pass on vLLM's error, in the vendor's shape and words. A 5xx that vLLM's own check of such a request explains is
         the client's doing and not ours: a 400."""
         status, message = start["status"], _message(told)
-        if status == 400 and OVERFLOW.search(message):
+        if status == 400 and OVERFLOW.search(message[:OVERFLOW_WITHIN]):
             context.state.overflow = True
             return await refuse.overflow(message[:MAX_MESSAGE])
         if status >= 500 and (why := self._fault_in(context.api, body)):
@@ -351,8 +357,8 @@ class Gateway:
             return ""
         try:
             request = json.loads(body)
-            self.checks[api](request)
             json.dumps(request, ensure_ascii=False).encode()  # no text holds half a surrogate pair
+            self.checks[api](request)  # which may change it
         except (
             ValueError,
             TypeError,

@@ -6,6 +6,7 @@ https://opentelemetry.io/docs/specs/otlp/#otlphttp: protobuf or JSON, whole or g
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from typing import Any
 
@@ -25,9 +26,11 @@ def spans_of(body: bytes, content_type: str, encoding: str) -> list[dict[str, An
         body = _unzipped(body)
     elif encoding not in ("", "identity"):
         raise ValueError(f"content-encoding {encoding!r}; use gzip or none")
+    if len(body) > MAX_BYTES:
+        raise ValueError(f"over {MAX_BYTES >> 20} MiB")
     if content_type.startswith(PROTOBUF):
         try:
-            whole = MessageToDict(ExportTraceServiceRequest.FromString(body))
+            whole = MessageToDict(ExportTraceServiceRequest.FromString(body), use_integers_for_enums=True)
         except DecodeError as error:
             raise ValueError(f"no ExportTraceServiceRequest: {error}") from error
     try:
@@ -49,8 +52,8 @@ def _unzipped(body: bytes) -> bytes:
         whole = stream.decompress(body, MAX_BYTES)
     except zlib.error as error:
         raise ValueError(f"not gzip: {error}") from error
-    if stream.unconsumed_tail or not stream.eof:
-        raise ValueError(f"cut off, or over {MAX_BYTES >> 20} MiB unzipped")
+    if stream.unconsumed_tail or stream.unused_data or not stream.eof:
+        raise ValueError(f"cut off, of several parts, or over {MAX_BYTES >> 20} MiB unzipped")
     return whole
 
 
@@ -59,11 +62,11 @@ def _span(span: dict[str, Any]) -> dict[str, Any]:
     if status := {key: value for key, value in (span.get("status") or {}).items() if value}:
         attributes["otlp.status"] = status
     if events := span.get("events"):
-        attributes["otlp.events"] = [{"name": str(event.get("name", "")), **_attributes(event)} for event in events]
+        attributes["otlp.events"] = [{"name": str(event.get("name") or ""), **_attributes(event)} for event in events]
     started, finished = (int(span.get(key) or 0) / NANO for key in ("startTimeUnixNano", "endTimeUnixNano"))
     return {
         "kind": "otlp",
-        "name": str(span.get("name", "")),
+        "name": str(span.get("name") or ""),
         "attributes": attributes,
         "started": started,
         "finished": finished,
@@ -85,4 +88,4 @@ def _value(value: dict[str, Any]) -> Any:
         return [_value(item) for item in inner.get("values") or []]
     if kind == "kvlistValue":
         return {str(entry["key"]): _value(entry.get("value") or {}) for entry in inner.get("values") or []}
-    return inner
+    return str(inner) if isinstance(inner, float) and not math.isfinite(inner) else inner

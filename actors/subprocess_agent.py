@@ -95,7 +95,9 @@ def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, 
     if config.agent.run is not None:
         added["RAYGENT_AGENT"] = config.agent.run
     kept = scrubbed_environment()
-    if not any(name.startswith("OTEL_EXPORTER_OTLP_") for name in kept):  # else the user's own collector gets them
+    if (
+        not {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"} & kept.keys()
+    ):  # else the user's own collector gets them
         traces = f"{endpoint.anthropic_base_url}/v1/traces"
         added |= {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": traces, "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
     return kept | added

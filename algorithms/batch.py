@@ -18,6 +18,7 @@ from raygent.records import Sample
 
 LISTS = ["prompt_token_ids", "response_token_ids", "logprobs", "policy_versions"]
 PLAIN = ["rollout_id", "sequence", "agent", "temperature", "trainable", "own_tokens"]
+MOST_AGENTS = 50  # that the metrics tell of one by one
 Row = dict[str, Any]
 
 
@@ -198,7 +199,8 @@ def _metrics(
         if outcome not in (None, "", "succeeded")
     }
     by_agent: Counter[str] = Counter()
-    for item in trajectories:
+    names = set(sorted({item.agent for item in trajectories})[:MOST_AGENTS])  # a client may name as many as it likes
+    for item in (item for item in trajectories if item.agent in names):
         by_agent[f"agents/{item.agent}/calls"] += len(item.nodes)
         by_agent[f"agents/{item.agent}/branches"] += item.branches
         by_agent[f"agents/{item.agent}/continued"] += sum(node.call["own_tokens"] > 0 for node in item.nodes)

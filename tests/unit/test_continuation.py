@@ -1,10 +1,8 @@
 """Exact continuation, on conversations in which tokens t and t + 100 mean the same (two ways to cut one text)."""
 
-import json
-
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_model import make_tiny_model
 from transformers import AutoTokenizer
@@ -23,7 +21,8 @@ def read(tokens: list[int]) -> Reply:
     else:
         thinking = []
     text = " ".join(str(token % 100) for token in thinking if token != THINK)
-    return Reply(text, " ".join(str(token % 100) for token in tokens), [])
+    said = " ".join(str(token % 100) for token in tokens if token != THINK)
+    return Reply(text, said, [], "", "<think>" if tokens == [THINK] else said)
 
 
 def rendered(turns: list[tuple[int, list[int]]]) -> list[int]:
@@ -60,6 +59,8 @@ def test_the_same_tokens_stay_as_they_are():
         [(USER, [9]), (USER, [11, 12]), (ASSISTANT, [20, 121]), (USER, [13])],  # something before
         [(USER, [11, 12]), (USER, [13])],  # the reply left out
         [(USER, [11, 12]), (ASSISTANT, [THINK, 5, THOUGHT, 20, 21]), (USER, [13])],  # thinking it did not think
+        [(USER, [11, 12]), (ASSISTANT, []), (USER, [13])],  # the reply blanked
+        [(USER, [11, 12]), (USER, [20, 121]), (USER, [13])],  # in another's mouth
         [(USER, [11, 12])],  # asked again
     ],
 )
@@ -88,7 +89,18 @@ def test_the_longest_of_several_goes_on():
     assert found.starts == second.starts
 
 
-@settings(deadline=None)
+def test_one_that_is_equal_goes_before_one_that_only_says_the_same():
+    thought = run(FIRST, [THINK, 30, THOUGHT, 20, 121, END])
+    same = rendered([(USER, [11, 12]), (ASSISTANT, [20, 121]), (USER, [13])])
+    for runs in ([EARLIER, thought], [thought, EARLIER]):
+        assert continued(same, runs, ENDS, read).own == 0
+
+
+def test_an_end_that_says_whose_the_next_turn_is_has_to_be_the_same():
+    other_end = [token if token != END else 5 for token in rendered(AGAIN)]
+    assert continued(other_end, [run([1, 11, 12, 5, 2], [20, 121, END])], [END, 5], read).own == 0
+
+
 @given(
     asked=st.lists(words, min_size=2, max_size=6),
     said=st.lists(words, min_size=6, max_size=6),
@@ -122,15 +134,23 @@ def tokenizer(tmp_path_factory):
 def test_tool_calls_are_compared_as_json(tokenizer):
     from vllm.parser import ParserManager
 
-    tools = tools_of(json.dumps({"tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}]}))
+    tools = tools_of({"tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}]})
     say = reader(ParserManager.get_parser("hermes", None, True), tokenizer, tools)
     told = [
         say(tokenizer(f"Now.\n<tool_call>\n{call}\n</tool_call>")["input_ids"])
         for call in ('{"name":"add","arguments":{"a":1,"b":2}}', '{"arguments": {"b": 2, "a": 1}, "name": "add"}')
     ]
-    assert told[0] == told[1] == Reply("", "Now.", [("add", {"a": 1, "b": 2})])
+    assert [(reply.content, reply.calls) for reply in told] == [("Now.", [("add", '{"a": 1, "b": 2}')])] * 2
+    flag, tail = (
+        say(tokenizer(f"Now.\n<tool_call>\n{call}\n</tool_call>{tail}")["input_ids"])
+        for call, tail in (
+            ('{"name": "add", "arguments": {"a": true, "b": 2}}', ""),
+            ('{"name": "add", "arguments": {"a": 1, "b": 2}}', " Or not."),
+        )
+    )
+    assert flag.calls != told[0].calls and tail.tail != told[0].tail
     plain = reader(None, tokenizer, [])
-    assert plain(tokenizer(" Grüße \n")["input_ids"]) == Reply("", "Grüße", [])
+    assert plain(tokenizer(" Grüße \n")["input_ids"]).content == "Grüße"
 
 
 @pytest.mark.parametrize("parser", ["qwen3", "deepseek_r1"])
@@ -139,14 +159,19 @@ def test_thinking_is_told_from_what_is_said(tokenizer, parser):
 
     tokenizer.add_tokens(["<think>", "</think>"])  # some parsers look for their ids
     say = reader(ParserManager.get_parser(None, parser, False), tokenizer, [])
-    assert say(tokenizer("<think>\nHm.\n</think>\n\nYes.")["input_ids"]) == Reply("Hm.", "Yes.", [])
-    assert say(tokenizer("Hm.\n</think>\n\nYes.")["input_ids"]) == Reply("Hm.", "Yes.", [])
-    assert say(tokenizer("Yes.")["input_ids"]) == Reply("", "Yes.", [])
+    for text, told in (
+        ("<think>\nHm.\n</think>\n\nYes.", ("Hm.", "Yes.")),
+        ("Hm.\n</think>\n\nYes.", ("Hm.", "Yes.")),
+        ("Yes <b>we</b> can.", ("", "Yes <b>we</b> can.")),
+        ("<think>\nThe password is x", ("The password is x", "")),
+    ):
+        reply = say(tokenizer(text)["input_ids"])
+        assert (reply.reasoning, reply.content) == told
 
 
 def test_the_tools_of_each_api():
-    chat = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}
+    chat: dict = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}
     responses = {"tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}, {"type": "web_search"}]}
     messages = {"tools": [{"name": "f", "input_schema": {"type": "object"}}]}
-    assert tools_of(json.dumps(chat)) == tools_of(json.dumps(responses)) == tools_of(json.dumps(messages)) != []
-    assert tools_of("{}") == tools_of('{"tools": null}') == []
+    assert tools_of(chat) == tools_of(responses) == tools_of(messages) != []
+    assert tools_of({}) == tools_of({"tools": None}) == tools_of({"tools": 5}) == tools_of({"tools": [3]}) == []
