@@ -137,9 +137,7 @@ class RunningCall:
         self.started = time.time()
         self.recording: asyncio.Task[None] | None = None
         self.prompt = Prompt(np.empty(0, np.int32))
-        self.rendered: list[int] | None = (
-            None  # the prompt that the client's API knows of, where the engine got another
-        )
+        self.rendered: list[int] | None = None  # the API's own prompt, where the engine got another
 
     def go_on(self, prompt: Any) -> Any:
         """`prompt`, vLLM's input for the engine, from the conversation's own tokens where it is one that goes on (see

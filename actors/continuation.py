@@ -99,10 +99,9 @@ def _said_by(
         ours.append(len(run.tokens))
     if len(ours) > len(borders):
         return None
-    starts = list(run.starts)
     for (first, last), (begin, end) in zip(pairwise(ours), pairwise(borders), strict=False):
         own, theirs = run.tokens[first:last], tokens[begin:end]
-        start = next((start for start in starts if first <= start < last), None)
+        start = next((start for start in run.starts if first <= start < last), None)
         if np.array_equal(own, theirs):
             continue
         if start is None or not _same_reply(own, theirs, start - first, ends, read):
@@ -119,7 +118,7 @@ def _same_reply(
     head = min(start, len(theirs))
     unlike = np.flatnonzero(own[:head] != theirs[:head])
     common = int(unlike[0]) if len(unlike) else head
-    if common < start and not read_opener(read, own[common:start].tolist()):
+    if common < start and not _opens_thinking(read, own[common:start].tolist()):
         return False  # what was not sampled is compared to the token
     ours, rendered = (read([token for token in turn[common:].tolist() if token not in ends]) for turn in (own, theirs))
     return (
@@ -131,7 +130,7 @@ def _same_reply(
     )
 
 
-def read_opener(read: Callable[[list[int]], Reply | None], tokens: list[int]) -> bool:
+def _opens_thinking(read: Callable[[list[int]], Reply | None], tokens: list[int]) -> bool:
     """Whether all that `tokens`, the end of a turn's header, do is open the thinking, or open and close it."""
     reply = read(tokens)
     return reply is not None and OPENER.fullmatch(reply.text.strip()) is not None

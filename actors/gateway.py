@@ -47,6 +47,7 @@ PATH = re.compile(r"^/a/(?P<key>[^/]+)(?:/agent/(?P<agent>[^/]+))?(?P<rest>/.*)$
 OVERFLOW = re.compile(r"maximum (context|model) length|context length|max_model_len", re.IGNORECASE)
 OVERFLOW_WITHIN = 400  # characters: what comes later may repeat the request
 MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+ENDED = "this attempt has ended; its key is refused"
 MAX_MESSAGE = 4000  # characters of an error; vLLM's repeat the request
 ANTHROPIC_KINDS = {
     401: "authentication_error",
@@ -203,7 +204,7 @@ class Gateway:
             raise KeyRefused(f"this key lives longer than {self.key_life_s:g} s from now")
         state = self.attempt(key.rollout_id, key.attempt, key.expires)
         if state.ended:
-            raise KeyRefused("this attempt has ended; its key is refused")
+            raise KeyRefused(ENDED)
         return key, state
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
@@ -244,7 +245,7 @@ class Gateway:
             if request.get(name):
                 return await refuse(400, "invalid_request_error", f"{name}: {why}")
         if state.ended:  # while the body was on its way
-            return await refuse(401, "authentication_error", "this attempt has ended; its key is refused")
+            return await refuse(401, "authentication_error", ENDED)
         if api and state.requests >= self.max_calls:
             state.over_max_calls = True
             message = f"agent.max_calls: this attempt has made its {self.max_calls} calls"
@@ -281,7 +282,7 @@ class Gateway:
         except ValueError as error:
             return await refuse(400, "invalid_request_error", f"the traces: {error}"[:MAX_MESSAGE])
         if state.ended:
-            return await refuse(401, "authentication_error", "this attempt has ended; its key is refused")
+            return await refuse(401, "authentication_error", ENDED)
         if len(state.spans) + len(spans) > MOST_SPANS or state.span_bytes + len(body) > MAX_BYTES:
             limits = f"{MOST_SPANS} spans and {MAX_BYTES >> 20} MiB"
             return await refuse(413, "request_too_large", f"an attempt keeps {limits} of OpenTelemetry's")

@@ -282,10 +282,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise ConfigError(f"{path}: no such config; {f'did you mean {near[0]}?' if near else 'give a TOML file'}")
     try:
         tree = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # also of a number of thousands of digits, and bytes that are no UTF-8
+    except (ValueError, RecursionError) as error:  # ValueError also of a huge number, and of bytes that are no UTF-8
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error

@@ -50,7 +50,7 @@ def batches(draw: st.DrawFn) -> tuple[list[dict], list[Call]]:
 
 
 @given(batches(), st.booleans())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_weights_and_advantages_of_random_batches(batch: tuple[list[dict], list[Call]], drop_flat: bool) -> None:
     rollouts, calls = batch
     samples, metrics = make_samples(tables(rollouts, calls), config(algorithm={"drop_flat_groups": drop_flat}))
@@ -97,7 +97,7 @@ def test_weights_and_advantages_of_random_batches(batch: tuple[list[dict], list[
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_a_rollouts_weight_is_the_same_however_it_split(turns: int, length: int, other_agent: bool) -> None:
     """The same answers, once in one appended conversation, once each behind a prompt of its own or by another agent."""
     whole, split = [], []
@@ -119,7 +119,7 @@ def test_a_rollouts_weight_is_the_same_however_it_split(turns: int, length: int,
 
 
 @given(st.lists(st.lists(st.floats(-5, 5, width=16), min_size=2, max_size=6), min_size=1, max_size=4), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_grpo_is_its_formula(groups: list[list[float]], normalise_std: bool) -> None:
     names = [str(number) for number, rewards in enumerate(groups) for _ in rewards]
     found = advantages(np.array([value for rewards in groups for value in rewards]), names, normalise_std)
@@ -207,7 +207,7 @@ def sample_of(length: int, number: int) -> Sample:
 
 
 @given(st.lists(st.integers(2, 40), max_size=12), st.integers(1, 4), st.integers(1, 90))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_each_sample_is_in_one_micro_batch_of_one_rank(lengths: list[int], ranks: int, tokens: int) -> None:
     samples = [sample_of(length, number) for number, length in enumerate(lengths)]
     by_rank = [micro_batches(deal(samples, ranks), rank, tokens) for rank in range(ranks)]

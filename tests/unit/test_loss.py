@@ -85,7 +85,7 @@ def gradient(tensors: list[torch.Tensor], loss: str) -> torch.Tensor:
 
 @pytest.mark.parametrize("loss", SOUND_LOSSES)
 @given(st.integers(0, 10**6))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_gradient_is_the_formulas_times_the_weight(loss: str, seed: int) -> None:
     tensors = batch(seed)
     now, old, gain, mask, weights = (tensor.numpy() for tensor in tensors)

@@ -90,7 +90,7 @@ def alone(model: LlamaForCausalLM, calls: list[Call], advantage: float, algorith
     return gradient(model, losses)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(calls=conversations(), advantage=st.sampled_from([0.7, -1.3]), loss=st.sampled_from(PER_TOKEN))
 def test_the_gradient_of_the_tree_is_that_of_its_calls(
     model: LlamaForCausalLM, calls: list[Call], advantage: float, loss: str

@@ -66,7 +66,7 @@ ODD = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ODD, st.binary(max_size=60))
 def test_anything_else_is_a_value_error(tree, raw):
     for body, kind, encoding in (

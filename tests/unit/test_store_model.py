@@ -347,9 +347,7 @@ def records(attempts: list[ModelAttempt], table: str) -> list[tuple[Any, ...]]:
     return [(a.rollout_id, a.number, n, *source) for a in attempts for n, source in enumerate(a.records[table])]
 
 
-QUICK = settings(
-    max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck), database=None
-)
+QUICK = settings(max_examples=25, stateful_step_count=40, suppress_health_check=list(HealthCheck), database=None)
 StoreMachine.TestCase.settings = QUICK
 TestStore = StoreMachine.TestCase
 

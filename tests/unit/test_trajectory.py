@@ -33,7 +33,7 @@ def extends(prompt: list[int], earlier: Call) -> bool:
 
 
 @given(conversations())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_each_trainable_token_is_trained_once_in_its_own_context(calls: list[Call]) -> None:
     samples = samples_of(calls)
     trained: list[float] = []
@@ -57,7 +57,7 @@ def test_each_trainable_token_is_trained_once_in_its_own_context(calls: list[Cal
 
 
 @given(conversations())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_call_hangs_under_the_longest_one_it_extends(calls: list[Call]) -> None:
     for trajectory in build(rows(calls)):
         mine = [one for one in calls if one.agent == trajectory.agent and one.response_token_ids]
@@ -76,7 +76,7 @@ def test_a_call_hangs_under_the_longest_one_it_extends(calls: list[Call]) -> Non
 
 
 @given(conversations())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_order_is_the_sequence_not_the_order_of_the_rows(calls: list[Call]) -> None:
     def told(trajectories: list[Trajectory]) -> list[Any]:
         return [[(node.call["sequence"], node.tokens.tolist()) for node in one.nodes] for one in trajectories]
