@@ -13,16 +13,17 @@ import os
 import sys
 from pathlib import Path
 
-from raygent.agent import AGENT_OFFERS, ModelEndpoint, arguments, awaited, load_callable, plain
+from raygent.callables import AGENT_OFFERS, ModelEndpoint, arguments, awaited, load_callable, plain
 from raygent.config import ConfigError
 from raygent.emit import EVENTS_FILE, append_event
+from raygent.prompts import prompts_here
 
 
 def main() -> int:
     try:
         agent = load_callable(os.environ["RAYGENT_AGENT"], Path.cwd(), "agent.run")
         endpoint = ModelEndpoint(
-            os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"], os.environ["RAYGENT_MODEL"]
+            os.environ["OPENAI_BASE_URL"], os.environ["OPENAI_API_KEY"], os.environ["RAYGENT_MODEL"], prompts_here()
         )
         values = (json.loads(os.environ["RAYGENT_TASK"]), endpoint)
         positional, named = arguments(agent, AGENT_OFFERS, values, "agent.run")

@@ -15,12 +15,15 @@ import traceback
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
+from raygent import prompts
 from raygent.actors.subprocess_agent import CommandEnd, Supervised, last_line, run_command, stdout_span
-from raygent.agent import AGENT_OFFERS, ModelEndpoint, arguments, awaited, is_async, load_callable
+from raygent.callables import AGENT_OFFERS, ModelEndpoint, arguments, awaited, is_async, load_callable
 from raygent.config import Config
 from raygent.emit import finite, sink
+from raygent.prompts import on_trial
 from raygent.records import Reward, Span, to_json
 
 CANCEL_S = 5.0  # for a cancelled coroutine to end
@@ -36,7 +39,7 @@ class AgentExit(Exception):
 class Ended:
     """How the agent ended: `value` where it returned, else `error`, a text whose last line says what it was."""
 
-    how: Literal["returned", "raised", "timeout"]
+    how: Literal["returned", "raised", "timeout", "over_memory", "over_processes"]
     value: Any = None
     error: str = ""
     exception: BaseException | None = None  # of an agent in this process
@@ -72,7 +75,7 @@ class Recorder:
 
     def emitted(self) -> float | None:
         """The rollout's reward as the agent emitted it: the last "reward" for the whole, else the agents' mean."""
-        rewards = [reward for reward in self.rewards if reward.name == "reward"]
+        rewards = [reward for reward in self.rewards if reward.name == "reward" and reward.call_sequence < 0]
         whole = [reward.value for reward in rewards if not reward.agent]
         each = {reward.agent: reward.value for reward in rewards if reward.agent}
         return whole[-1] if whole else sum(each.values()) / len(each) if each else None
@@ -91,6 +94,7 @@ class AgentRunner:
         self.abandoned: list[threading.Thread] = []
         self.stuck = False  # a coroutine blocks the agents' loop
         if config.agent.run is not None and config.agent.in_ == "process":
+            prompts.expected = bool(config.prompts)
             self.agent = load_callable(config.agent.run, config.folder, "agent.run")
             arguments(self.agent, AGENT_OFFERS, (None, None), "agent.run")
         self.loop = asyncio.new_event_loop()
@@ -117,16 +121,21 @@ class AgentRunner:
         else:
             positional, named = arguments(self.agent, AGENT_OFFERS, (task_input, endpoint), "agent.run")
             way = self._as_task if is_async(self.agent) else self._in_thread
-            ended = await way(self.agent, positional, named, recorder)
+            ended = await way(partial(self.agent, *positional, **named), endpoint, recorder)
         if ended.how == "raised":
             recorder.note("agent", kind="exception", error=ended.error)
         return ended
 
-    async def _as_task(self, agent: Any, positional: list[Any], named: dict[str, Any], recorder: Recorder) -> Ended:
+    async def ask(self, text: str, endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
+        """In the place of the agent: the model's reply to `text`."""
+        return await self._as_task(partial(reply_to, text, endpoint), endpoint, recorder)
+
+    async def _as_task(self, agent: Callable[[], Any], endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
         async def agents_own() -> Any:
             sink.set(recorder)
+            on_trial.set(endpoint.prompts)
             try:
-                return await agent(*positional, **named)
+                return await agent()
             except SystemExit as error:  # it would end the loop
                 raise AgentExit(f"the agent called sys.exit({error.code!r})") from error
 
@@ -149,10 +158,11 @@ class AgentRunner:
                 "; an async agent blocked the event loop that all of them share: await, or make it sync"
             )
 
-    async def _in_thread(self, agent: Any, positional: list[Any], named: dict[str, Any], recorder: Recorder) -> Ended:
+    async def _in_thread(self, agent: Callable[[], Any], endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
         def call() -> Any:
             sink.set(recorder)
-            value = agent(*positional, **named)
+            on_trial.set(endpoint.prompts)
+            value = agent()
             return asyncio.run(awaited(value)) if inspect.isawaitable(value) else value
 
         thread, future = in_thread(call)
@@ -163,7 +173,7 @@ class AgentRunner:
             self.abandoned.append(thread)
             raise
         if done:
-            return ended_of(future)
+            return ended_of(waiting)
         self.abandoned.append(thread)
         return self._timeout()
 
@@ -186,12 +196,12 @@ class AgentRunner:
             for process in running:
                 process.stop()
         await asyncio.wait({waiting}, timeout=KILL_S)
-        if not future.done():  # a process that not even SIGKILL ends
+        if not waiting.done():  # a process that not even SIGKILL ends
             self.abandoned.append(thread)
             return self._timeout()
-        if future.exception():
-            return ended_of(future)
-        end = future.result()
+        if waiting.exception():
+            return ended_of(waiting)
+        end = waiting.result()
         recorder("spans", stdout_span(end, began))
         for event in end.events:
             keep_event(event, recorder)
@@ -201,6 +211,15 @@ class AgentRunner:
         return Ended(
             "timeout", error=f"the agent took more than agent.timeout_s = {self.config.agent.timeout_s:g} s{why}"
         )
+
+
+async def reply_to(text: str, endpoint: ModelEndpoint) -> str:
+    """What the model says to one message, by Chat Completions."""
+    import openai  # takes a second, and most workers never ask
+
+    async with openai.AsyncOpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key) as client:
+        reply = await client.chat.completions.create(model=endpoint.model, messages=[{"role": "user", "content": text}])
+    return reply.choices[0].message.content or ""
 
 
 def in_thread(call: Callable[[], Any]) -> tuple[threading.Thread, Future[Any]]:
@@ -232,6 +251,13 @@ def ended_of(future: Any) -> Ended:
 
 def read_end(end: CommandEnd, config: Config) -> Ended:
     """What an ended process means."""
+    limit, _, found = end.over.partition(" ")
+    if limit == "over_memory":
+        why = f"agent.memory_mb: the agent's processes took {found} MiB, over the limit of {config.agent.memory_mb}"
+        return Ended("over_memory", error=f"{end.stderr[-TEXT:].rstrip()}\n{why}; all were killed")
+    if limit == "over_processes":
+        why = f"agent.processes: the agent had {found} processes, over the limit of {config.agent.processes}"
+        return Ended("over_processes", error=f"{end.stderr[-TEXT:].rstrip()}\n{why}; all were killed")
     if end.code != 0:
         return Ended(
             "raised", error=f"{end.stderr[-TEXT:].rstrip()}\nthe agent's process ended with exit code {end.code}"

@@ -16,18 +16,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 from vllm.exceptions import VLLMServerError, VLLMValidationError
 from vllm.inputs.engine import TokensInput
+from vllm.lora.request import LoRARequest
 from vllm.outputs import RequestOutput
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreOutput
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import RequestState
 
 from raygent.actors.continuation import Prompt, Run, continued, reader
-from raygent.actors.gateway import CallContext, current_call
+from raygent.actors.gateway import AttemptState, CallContext, current_call
 from raygent.records import CALLS, Call, to_batch
 
 logger = logging.getLogger("raygent.engine")
@@ -48,6 +50,9 @@ PLAIN = {
 SAMPLING = ("n", "temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "seed")  # as the record tells them
 
 
+FAILS = (RayError, ValueError, TypeError, OverflowError)  # the store's refusal; a value that is none of its column's
+
+
 class NotRecorded(VLLMServerError):
     """The store did not take a call: the client gets a 500, for the failure is ours and not its own."""
 
@@ -56,8 +61,8 @@ class NotRecorded(VLLMServerError):
 class SamplingRules:
     """How a run's config changes what a request asks for."""
 
-    temperature: float  # of train mode
-    grammar: str  # "mask" or "refuse", in train mode, what changes the distribution
+    temperature: float  # of train mode; greedy has 0
+    grammar: str  # "mask" or "refuse", but in eval mode, what changes the distribution
     max_tokens: int | None
 
     def apply(self, asked: SamplingParams, mode: str) -> tuple[SamplingParams, str]:
@@ -69,9 +74,10 @@ class SamplingRules:
         params.logprobs = params.logprobs or 0
         if self.max_tokens is not None:
             params.max_tokens = min(params.max_tokens or self.max_tokens, self.max_tokens)
-        if mode != "train":
+        if mode == "eval":
             return params, ""
-        params.temperature, params.top_p, params.top_k, params.min_p = self.temperature, 1.0, 0, 0.0
+        temperature = 0.0 if mode == "greedy" else self.temperature
+        params.temperature, params.top_p, params.top_k, params.min_p = temperature, 1.0, 0, 0.0
         params.seed = None
         odd = [name for name, plain in PLAIN.items() if (getattr(params, name) or plain) != plain]
         if odd and self.grammar == "refuse":
@@ -84,43 +90,65 @@ class Recorder:
 
     def __init__(self, store: ActorHandle) -> None:
         self.store = store
-        self.waiting: list[tuple[pa.RecordBatch, asyncio.Future[None]]] = []
+        self.waiting: list[tuple[list[Call], asyncio.Future[None]]] = []
         self.flush: asyncio.Task[None] | None = None
 
     async def append(self, calls: list[Call]) -> None:
-        """Returns when the store has written `calls`, one attempt's; raises NotRecorded where it refused them."""
+        """Returns when the store has written `calls`, one attempt's; raises NotRecorded where it refused them, or they are
+        no records."""
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.waiting.append((to_batch(CALLS, calls), written))
+        self.waiting.append((calls, written))
         if self.flush is None or self.flush.done():
             self.flush = asyncio.create_task(self._flush())
         await written
+
+    def begin(self, state: AttemptState, calls: list[Call]) -> asyncio.Task[None]:
+        """append() as a task of the attempt's: its end waits for it."""
+        recording = _keep(state.recording, self.append(calls))
+        recording.add_done_callback(_tell_failure)
+        return recording
 
     async def _flush(self) -> None:
         while self.waiting:
             taken, self.waiting = self.waiting, []
             try:
-                await self._send([batch for batch, _ in taken])
-            except (
-                RayError
-            ):  # of one among them, perhaps: each by itself tells whose it is, and counts once if sent twice
-                await asyncio.gather(*(self._send_alone(batch, written) for batch, written in taken))
-                continue
-            for _, written in taken:
-                if not written.done():
-                    written.set_result(None)
+                await self._send([call for calls, _ in taken for call in calls])
+            except FAILS:  # of one among them, perhaps: each by itself tells whose it is, and counts once if sent twice
+                await asyncio.gather(*(self._send_alone(calls, written) for calls, written in taken))
+            else:
+                for _, written in taken:
+                    if not written.done():
+                        written.set_result(None)
+            finally:  # an error of another kind ends this task: nobody may wait for it for ever
+                for _, written in taken:
+                    if not written.done():
+                        written.set_exception(NotRecorded("what writes the records failed: see the engine's log"))
 
-    async def _send_alone(self, batch: pa.RecordBatch, written: asyncio.Future[None]) -> None:
+    async def _send_alone(self, calls: list[Call], written: asyncio.Future[None]) -> None:
         try:
-            await self._send([batch])
-        except RayError as error:
+            await self._send(calls)
+        except FAILS as error:
             if not written.done():
                 written.set_exception(NotRecorded(str(error).splitlines()[-1]))
             return
         if not written.done():
             written.set_result(None)
 
-    async def _send(self, batches: list[pa.RecordBatch]) -> None:
-        await self.store.append.remote("calls", pa.concat_batches(batches))
+    async def _send(self, calls: list[Call]) -> None:
+        """All of them in one batch: to make one costs as much as to fill it with twenty."""
+        await self.store.append.remote("calls", to_batch(CALLS, calls))
+
+
+class SampledLogprobs(LogprobsProcessor):
+    """The sampled tokens' logprobs, for the record alone: the client asked for none, and no token's text is looked up."""
+
+    def __init__(self) -> None:
+        super().__init__(None, None, None, None, None, None)
+        self.sampled: list[float] = []
+
+    def update_from_output(self, output: EngineCoreOutput) -> None:
+        if output.new_logprobs is not None:
+            self.sampled += output.new_logprobs.logprobs[:, 0].tolist()
 
 
 class RunningCall:
@@ -130,6 +158,8 @@ class RunningCall:
         self.llm, self.context, self.request_id = llm, context, request_id
         self.params, odd = llm.rules.apply(asked, context.key.mode)
         self.untrainable = context.untrainable or odd
+        self.policy = llm.policy_of(context.agent)
+        self.gives_logprobs = asked.logprobs is not None or asked.prompt_logprobs is not None
         self.version = llm.version  # in force when it began
         self.borders: list[tuple[int, dict[int, int]]] = []  # a later version, the tokens each choice had before it
         self.states: dict[int, RequestState] = {}  # by choice
@@ -162,6 +192,11 @@ class RunningCall:
             key: prompt[key] for key in ("arrival_time", "cache_salt") if key in prompt
         }
 
+    def add(self, state: RequestState) -> None:
+        self.states[state.request_index] = state
+        if not self.gives_logprobs:
+            state.logprobs_processor = SampledLogprobs()
+
     def sampled(self, choice: int) -> list[int]:
         state = self.states.get(choice)
         return list(state.detokenizer.output_token_ids) if state and state.detokenizer else []
@@ -192,15 +227,17 @@ class RunningCall:
                 tokens = np.asarray(call.prompt_token_ids + call.response_token_ids, np.int32)
                 runs.append(Run(tokens, (*self.prompt.starts, len(call.prompt_token_ids))))
         if calls:
-            self.recording = _keep(state.recording, self.llm.recorder.append(calls))
-            self.recording.add_done_callback(_tell_failure)
+            self.recording = self.llm.recorder.begin(state, calls)
         self.llm.sampled_tokens += sum(len(call.response_token_ids) for call in calls)
         return self.recording
 
     def _call(self, choice: int, sampling: str) -> Call:
         state, context, ids = self.states[choice], self.context, self.sampled(choice)
         processor: Any = state.logprobs_processor
-        logprobs = zip(ids, processor.logprobs, strict=True)
+        if self.gives_logprobs:
+            logprobs = [entry[token].logprob for token, entry in zip(ids, processor.logprobs, strict=True)]
+        else:
+            logprobs = [logprob for _, logprob in zip(ids, processor.sampled, strict=True)]
         versions = [self.version] * len(ids)
         for version, tokens in self.borders:
             before = tokens.get(choice, 0)
@@ -214,12 +251,12 @@ class RunningCall:
             request_id=self.request_id,
             choice=choice,
             agent=context.agent,
-            policy="policy",
+            policy=self.policy,
             api=context.api,
             request=context.request,
             prompt_token_ids=list(state.prompt_token_ids or []),
             response_token_ids=ids,
-            logprobs=[entry[token].logprob for token, entry in logprobs],
+            logprobs=logprobs,
             policy_versions=versions,
             sampling=sampling,
             temperature=self.params.temperature,
@@ -248,10 +285,20 @@ class CapturingLLM(AsyncLLM):
     """`attach()` before the first request."""
 
     def attach(
-        self, recorder: Recorder, source: str, rules: SamplingRules, exact: bool = False, parser_class: Any = None
+        self,
+        recorder: Recorder,
+        source: str,
+        rules: SamplingRules,
+        policy_of: Callable[[str], str],
+        exact: bool = False,
+        parser_class: Any = None,
     ) -> None:
-        """`exact`: conversations go on from their own tokens, read with vLLM's parser of the model, `parser_class`."""
-        self.recorder, self.source, self.rules = recorder, source, rules
+        """`policy_of`: an agent's policy; one that `adapters` does not hold is the model as it is.
+
+        `exact`: conversations go on from their own tokens, read with vLLM's parser of the model, `parser_class`.
+        """
+        self.recorder, self.source, self.rules, self.policy_of = recorder, source, rules, policy_of
+        self.adapters: dict[str, LoRARequest] = {}
         self.exact, self.parser_class = exact, parser_class
         also = self.model_config.try_get_generation_config().get("eos_token_id") or []
         self.ends = [self.get_tokenizer().eos_token_id, *([also] if isinstance(also, int) else also)]
@@ -263,7 +310,7 @@ class CapturingLLM(AsyncLLM):
 
     def _added(self, state: RequestState) -> None:
         if call := self.calls.get(state.external_req_id):
-            call.states[state.request_index] = state
+            call.add(state)
 
     def note_border(self, version: int) -> None:
         """At a pause, when no token is on its way: from here on tokens are of `version`."""
@@ -283,8 +330,12 @@ class CapturingLLM(AsyncLLM):
             raise asyncio.CancelledError("the client has hung up")
         call = self.calls[request_id] = RunningCall(self, context, request_id, sampling_params)
         context.running.add(call)
+        if isinstance(prompt, dict) and prompt.get("type", "token") != "token":  # as of an image of an earlier response
+            call.untrainable = call.untrainable or "media"
         if self.exact:
             prompt = call.go_on(prompt)
+        if adapter := self.adapters.get(call.policy):
+            rest["lora_request"] = adapter
         try:
             async with aclosing(super().generate(prompt, call.params, request_id, **rest)) as outputs:
                 async for output in outputs:

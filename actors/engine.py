@@ -1,7 +1,7 @@
 """The engine: a Ray Serve deployment around vLLM's AsyncLLM, serving vLLM's own app behind the gateway.
 
 A replica owns one EngineCore process, which ends with it. It may be asked: `status`, `close_attempts`, and an update of
-its weights (`begin_update`, `weights` several times, `finish_update`).
+its weights (`begin_update`, `weights` several times or `load_adapters`, `finish_update`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,10 @@ import asyncio
 import json
 import logging
 import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,13 +21,17 @@ import ray
 import torch
 from ray import serve
 
+from raygent.actors.adapters import Files, read_files, write_files
+from raygent.actors.engine_handle import EngineUnavailable
+from raygent.actors.front_door import FrontDoor
 from raygent.actors.gateway import Gateway
 from raygent.actors.weight_transfer import BACKEND, node_name
-from raygent.agent import POLICY
-from raygent.config import Config
+from raygent.config import POLICY, Config
+from raygent.families import NONE
 
 logger = logging.getLogger("raygent.engine")
 KEY_SLACK_S = 600.0  # a key lives agent.timeout_s and some more
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # bounds that vLLM knows
 
 
 def environment(config: Config) -> dict[str, str]:
@@ -49,6 +57,8 @@ def environment(config: Config) -> dict[str, str]:
 
 def vllm_flags(config: Config, model: str) -> list[str]:
     """The arguments vLLM's own parser takes, as `vllm serve` would be given them."""
+    named = (config.model.tool_parser, config.model.reasoning_parser)
+    tool_parser, reasoning_parser = (None if name == NONE else name for name in named)
     settings: dict[str, Any] = {
         "model": model,
         "served_model_name": POLICY,
@@ -57,11 +67,10 @@ def vllm_flags(config: Config, model: str) -> list[str]:
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
         "seed": config.run.seed,
-        "tool_call_parser": config.model.tool_parser,
-        "enable_auto_tool_choice": bool(config.model.tool_parser),
-        "reasoning_parser": config.model.reasoning_parser,
+        "tool_call_parser": tool_parser,
+        "enable_auto_tool_choice": bool(tool_parser),
+        "reasoning_parser": reasoning_parser,
         "chat_template": config.model.chat_template,
-        "weight_transfer_config": {"backend": "nccl" if config.nccl else BACKEND},
         "enable_log_requests": False,
         "disable_uvicorn_access_log": True,
     }
@@ -69,6 +78,12 @@ def vllm_flags(config: Config, model: str) -> list[str]:
         settings["tensor_parallel_size"] = max(1, int(config.engine.gpus))
     else:
         settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 256 * 2**20, "max_num_seqs": 128}
+    if lora := config.learner.lora:
+        number = len(config.adapters)
+        rank = next(rank for rank in LORA_RANKS if rank >= lora.rank)
+        settings |= {"enable_lora": True, "max_loras": number, "max_cpu_loras": number, "max_lora_rank": rank}
+    else:
+        settings["weight_transfer_config"] = {"backend": "nccl" if config.nccl else BACKEND}
     settings |= config.engine.vllm_arguments()
     return [word for name, value in settings.items() if value is not None for word in _flag(name, value)]
 
@@ -95,8 +110,17 @@ class Engine:
     """A replica comes up at version -1 and takes no model calls before it is told that the weights in `model` are those in
     force (`adopt`), or is given them (an update): so one that replaces another never samples from old weights."""
 
-    def __init__(self, config: Config, secret: str, store_name: str, namespace: str, model: str) -> None:
-        self.config, self.secret, self.model = config, secret, model
+    def __init__(
+        self,
+        config: Config,
+        secret: str,
+        store_name: str,
+        namespace: str,
+        model: str,
+        upstream_keys: dict[str, str],
+    ) -> None:
+        """`upstream_keys` are by the upstream's name."""
+        self.config, self.secret, self.model, self.upstream_keys = config, secret, model, upstream_keys
         self.store = ray.get_actor(store_name, namespace)
         self.source = serve.get_replica_context().replica_id.unique_id
         self.version = -1
@@ -105,6 +129,7 @@ class Engine:
         self.begun = False  # vLLM is inside an update of its weights
         self.holds: int | None = -1  # the version of the weights; None from an update's start to its finish
         self.parameters: dict[str, list[int]] = {}  # name and shape of what an update has to bring
+        self.adapters = TemporaryDirectory(prefix="raygent-adapters-")  # as files, for vLLM reads nothing else
         self.lock = asyncio.Lock()
 
     async def __serve_build_asgi_app__(self) -> Gateway:
@@ -119,8 +144,11 @@ class Engine:
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         from raygent.actors.capture import CapturingLLM, Recorder, SamplingRules
+        from raygent.actors.upstream import UpstreamProxy
 
-        args = make_arg_parser(FlexibleArgumentParser()).parse_args(vllm_flags(self.config, self.model))
+        config = self.config
+        model = config.model.path if config.adapters else self.model
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args(vllm_flags(config, model))
         validate_parsed_serve_args(args)
         llm = CapturingLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
         assert isinstance(llm, CapturingLLM)
@@ -129,12 +157,20 @@ class Engine:
         app = build_app(args, tasks, self.llm.model_config)
         await init_app_state(self.llm, app.state, args, tasks)
         app.state.server = SimpleNamespace(should_exit=False)  # else vLLM's error handling hides the engine's own error
-        engine = self.config.engine
-        rules = SamplingRules(engine.temperature, engine.grammar, self.config.model.max_tokens)
+        engine = config.engine
+        rules = SamplingRules(engine.temperature, engine.grammar, config.model.max_tokens)
         parser_class = app.state.openai_serving_chat.parser_cls if app.state.openai_serving_chat else None
-        self.llm.attach(Recorder(self.store), self.source, rules, engine.continuation == "exact", parser_class)
+        recorder, exact = Recorder(self.store), engine.continuation == "exact"
+        self.llm.attach(recorder, self.source, rules, config.policy_of, exact, parser_class)
+        if self.model != config.model.path:  # a checkpoint
+            for name, files in read_files(Path(self.model), config.adapters).items():
+                await self._load_adapter(name, files)
         await self.llm.reset_mm_cache()
         self.responses = app.state.openai_serving_responses
+        self.upstreams = {
+            name: UpstreamProxy(name, upstream, self.upstream_keys.get(name), engine.replicas, recorder, self.source)
+            for name, upstream in self.config.upstream.items()
+        }
         self.gateway = Gateway(
             app,
             self.secret,
@@ -148,7 +184,11 @@ class Engine:
                 "responses": ResponsesRequest.model_validate,
                 "messages": AnthropicMessagesRequest.model_validate,
             },
+            lambda agent: self.upstreams.get(self.config.upstream_of(agent) or ""),
+            not self.llm.model_config.is_multimodal_model,
         )
+        self.door = FrontDoor(self.gateway, engine.host)
+        self.door.open()
         return self.gateway
 
     async def check_health(self) -> None:
@@ -156,15 +196,28 @@ class Engine:
             await self.llm.check_health()
 
     async def status(self) -> dict[str, Any]:
-        """`source` names the replica; `running` requests; `sampled_tokens` since it started."""
+        """`source` names the replica, `url` is its front door; `running` requests; `sampled_tokens` since it started; of each
+        of the `upstreams` what it spent and served since then (UpstreamProxy.status)."""
         return {
             "source": self.source,
+            "url": self.door.url,
             "pid": os.getpid(),
             "version": self._served_version(),
             "node": node_name(),
             "running": len(self.llm.output_processor.request_states),
             "sampled_tokens": self.llm.sampled_tokens,
+            "upstreams": {name: upstream.status() for name, upstream in self.upstreams.items()},
         }
+
+    async def recall_budgets(self) -> dict[str, Any]:
+        """Take back what the upstreams may still spend, until `grant_budgets`; what `status` tells."""
+        for upstream in self.upstreams.values():
+            upstream.budget = 0.0
+        return await self.status()
+
+    async def grant_budgets(self, budgets: dict[str, float]) -> None:
+        for name, dollars in budgets.items():
+            self.upstreams[name].budget += dollars
 
     def _served_version(self) -> int:
         """-1 before the first weights are told, and again once vLLM's EngineCore has died: Serve replaces the replica then."""
@@ -175,7 +228,8 @@ class Engine:
     ) -> tuple[str, dict[tuple[str, int], dict[str, Any]]]:
         """End the attempts: refuse their keys, cancel what they have in flight, and wait until it is recorded.
 
-        Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls", "failed", "spans"}.
+        Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls", "failed",
+        "upstream_failed", "upstream_waited", "spans", "rewards"}.
         """
         states = {key: self.gateway.end_attempt(*key) for key in attempts}
         while any(state.tasks or state.recording for state in states.values()):
@@ -192,7 +246,10 @@ class Engine:
                 "overflow": state.overflow,
                 "over_max_calls": state.over_max_calls,
                 "failed": state.failed or self.llm.errored,
+                "upstream_failed": state.upstream_failed,
+                "upstream_waited": state.upstream_waited,
                 "spans": state.spans,
+                "rewards": state.rewards,
             }
             for key, state in states.items()
         }
@@ -205,13 +262,24 @@ class Engine:
             self.version = self.holds = version
             self.llm.note_border(version)
 
+    @asynccontextmanager
+    async def _one_at_a_time(self) -> AsyncIterator[None]:
+        """For a part of an update. Where EngineCore has died, that is not the update's fault: the replica is being replaced."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        async with self.lock:
+            try:
+                yield
+            except EngineDeadError as error:
+                raise EngineUnavailable("vLLM's EngineCore has died") from error
+
     async def begin_update(self, version: int) -> dict[str, Any]:
         """Pause, unless the replica serves `version` already. Asked again it answers the same and notes no second border.
 
         "parameters" are the names and shapes that an update has to have, "workers" the processes that take it.
         """
-        async with self.lock:
-            if not self.parameters:
+        async with self._one_at_a_time():
+            if not self.parameters and not self.config.adapters:
                 self.parameters = await asyncio.to_thread(_parameters, self.llm.model_config.hf_config)
             about = {
                 "source": self.source,
@@ -247,7 +315,7 @@ class Engine:
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 
-        async with self.lock:
+        async with self._one_at_a_time():
             if not self.paused:
                 return
             if step == "cancel":
@@ -271,6 +339,26 @@ class Engine:
                 await self._finish()
                 self.holds = self.updating
 
+    async def load_adapters(self, adapters: dict[str, Files]) -> None:
+        """What an update of a run with LoRA brings, all at once: by policy, the files of its adapter."""
+        async with self._one_at_a_time():
+            if not self.paused:
+                return
+            self.holds = None
+            for name, files in adapters.items():
+                await self._load_adapter(name, files)
+            self.holds = self.updating
+
+    async def _load_adapter(self, name: str, files: Files) -> None:
+        """In place of the one that the policy had: requests that run go on with it."""
+        from vllm.lora.request import LoRARequest
+
+        folder = Path(self.adapters.name) / name
+        write_files(files, folder)
+        number = self.config.adapters.index(name) + 1
+        await self.llm.add_lora(LoRARequest(name, number, str(folder), load_inplace=True))
+        self.llm.adapters[name] = LoRARequest(name, number, str(folder))
+
     async def _finish(self) -> None:
         self.begun = False
         await self.llm.finish_weight_update(str(self.updating))
@@ -284,11 +372,11 @@ class Engine:
 
     async def finish_update(self, version: int) -> None:
         """Go on under the new weights: running requests are prefilled again, no old key or value is mixed in."""
-        async with self.lock:
+        async with self._one_at_a_time():
             if not self.paused:
                 return
             if self.holds != version:
-                raise RuntimeError(f"the weights of version {version} have not arrived: push them again")
+                raise EngineUnavailable(f"the weights of version {version} have not arrived: push them again")
             await self._resume(version)
 
     async def _resume(self, version: int) -> None:

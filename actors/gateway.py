@@ -6,6 +6,7 @@ A key is stateless: what it is for, signed (HMAC-SHA256). It stands in the path,
     {route}/a/KEY/v1/chat/completions
     {route}/a/KEY/agent/NAME/v1/messages
     {route}/a/KEY/v1/traces                   OpenTelemetry's, kept as the attempt's spans
+    {route}/a/KEY/v1/rewards                  {"value": 0.5}, kept as emitted by the agent
     {route}/v1/responses                      with the key as `Authorization: Bearer` or `x-api-key`
 
 The agent's name is the path segment, else the header `x-raygent-agent`, else the model name it asks for where that is not
@@ -19,8 +20,10 @@ import base64
 import hashlib
 import hmac
 import json
+import logging
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -29,7 +32,10 @@ from urllib.parse import unquote
 
 from raygent.actors.continuation import Run, tools_of
 from raygent.actors.otlp import MAX_BYTES, PROTOBUF, spans_of
-from raygent.agent import POLICY
+from raygent.config import POLICY
+from raygent.emit import AGENT_HEADER, reward_fields
+
+logger = logging.getLogger("raygent.engine")
 
 APIS = {
     "/v1/chat/completions": "chat",
@@ -38,7 +44,10 @@ APIS = {
     "/v1/messages": "messages",
 }
 TRACES = "/v1/traces"
-MOST_SPANS = 10_000  # of OpenTelemetry's, an attempt and replica
+REWARDS = "/v1/rewards"
+KEPT = {TRACES: "spans", REWARDS: "rewards"}  # what agents send to be kept, and as what
+IN_THREAD_BYTES = 16 << 10  # traces of more, or zipped ones, take milliseconds to read: not on the replica's event loop
+MOST_KEPT = 10_000  # of each, an attempt and replica; in requests of MAX_BYTES together
 UNRECORDED = ("/v1/models", "/v1/messages/count_tokens")  # need a key, sample nothing
 MAX_BODY_BYTES = 64 * 2**20
 KEY_LIFE_S = 86_400.0
@@ -56,10 +65,20 @@ ANTHROPIC_KINDS = {
     413: "request_too_large",
     429: "rate_limit_error",
 }
+REWARD_TYPES: dict[str, tuple[type, str]] = {
+    "name": (str, "a text"),
+    "agent": (str, "a text"),
+    "components": (dict, "an object of numbers"),
+    "call": (int, "a number"),
+}  # beside the value; all of them may be left out
 REFUSED = {
     "use_beam_search": "beam search does not sample from the policy; leave it out",
+    "logprob_token_ids": "the record needs the sampled tokens' own; ask for logprobs",
     "background": "a call ends with its request; leave background out",
 }
+# Types of parts of a conversation, the three APIs', that are no text.
+MEDIA = {"image", "image_url", "image_file", "input_image", "computer_screenshot", "file", "input_file", "document"}
+MEDIA |= {"audio_url", "input_audio", "video_url", "input_video"}
 
 
 class KeyRefused(Exception):
@@ -118,12 +137,15 @@ class AttemptState:
     overflow: bool = False  # a request did not fit the context
     over_max_calls: bool = False  # a request was refused for agent.max_calls
     failed: bool = False  # a request was answered with a 5xx
+    upstream_failed: str = ""  # why an upstream gave a request no reply, or not the whole of one
+    upstream_waited: str = ""  # what a request was waiting for, before any reply, when it was cancelled
     ended: bool = False
     tasks: set[asyncio.Task] = field(default_factory=set)  # requests not answered yet
     recording: set[asyncio.Task] = field(default_factory=set)  # calls on their way to the store
     responses: set[str] = field(default_factory=set)  # ids of what the Responses API keeps for it
     spans: list[dict[str, Any]] = field(default_factory=list)  # that the agent's own OpenTelemetry sent
-    span_bytes: int = 0
+    rewards: list[dict[str, Any]] = field(default_factory=list)  # that the agent sent
+    kept_bytes: Counter[str] = field(default_factory=Counter)  # of the requests that brought them: by path
     runs: dict[str, list[Run]] = field(default_factory=dict)  # by agent, for exact continuation
 
 
@@ -149,6 +171,21 @@ class CallContext:
     over: bool = False  # answered, or hung up: nothing may be sampled any more
 
 
+class Upstream(Protocol):
+    """Where an agent's calls go instead of to the engine (upstream.UpstreamProxy)."""
+
+    async def answer(
+        self,
+        path: str,
+        request: dict[str, Any],
+        headers: dict[str, str],
+        receive: Callable,
+        send: Callable,
+        context: CallContext,
+        refuse: Refusal,
+    ) -> None: ...
+
+
 current_call: ContextVar[CallContext | None] = ContextVar("raygent_call", default=None)
 
 
@@ -157,7 +194,9 @@ class Gateway:
 
     A key that lives longer than `key_life_s` from now is refused: so an attempt that ended can be forgotten after that time.
     Where a request asks for more than `max_tokens` tokens, it gets these. `checks`: by API, what raises where a request's
-    body is none of that API.
+    body is none of that API. `upstream_of` tells the upstream that an agent of that name has for a model. `text_only`: the
+    engine's model takes no images, sounds or files; a request with one is refused. With another model its call is recorded, but
+    not trained: the record has tokens alone.
     """
 
     def __init__(
@@ -169,8 +208,10 @@ class Gateway:
         key_life_s: float = KEY_LIFE_S,
         max_tokens: int | None = None,
         checks: dict[str, Callable[[dict], object]] | None = None,
+        upstream_of: Callable[[str], Upstream | None] = lambda agent: None,
+        text_only: bool = False,
     ) -> None:
-        self.checks = checks or {}
+        self.checks, self.upstream_of, self.text_only = checks or {}, upstream_of, text_only
         self.app, self.secret, self.max_calls, self.ready = app, secret, max_calls, ready
         self.key_life_s, self.max_tokens = key_life_s, max_tokens
         self.attempts: dict[tuple[str, int], AttemptState] = {}
@@ -221,10 +262,11 @@ class Gateway:
         except KeyRefused as error:
             return await refuse(401, "authentication_error", f"{error}; use the base_url and api_key of your attempt")
         api = APIS.get(rest)
-        if rest == TRACES and scope["method"] == "POST":
-            return await self._take_spans(state, headers, receive, send, refuse)
+        if rest in KEPT and scope["method"] == "POST":
+            return await self._keep(rest, state, headers, receive, send, refuse)
         if api is None and rest not in UNRECORDED:
-            return await refuse(404, "not_found_error", f"no {rest} here; there are {', '.join([*APIS, *UNRECORDED])}")
+            there = ", ".join([*APIS, *UNRECORDED, *KEPT])
+            return await refuse(404, "not_found_error", f"no {rest} here; there are {there}")
         if scope["method"] == "GET":
             return await self.app(_at(scope, rest, headers), receive, send)
         if not self.ready():
@@ -232,9 +274,8 @@ class Gateway:
             return await refuse(
                 503, "overloaded_error", "this replica waits for the current weights", {"retry-after": "1"}
             )
-        body = await _body(receive)
-        if body is None:
-            return await refuse(413, "request_too_large", f"a request has at most {MAX_BODY_BYTES >> 20} MiB")
+        if (body := await _body(receive, refuse)) is None:
+            return
         try:
             request = json.loads(body)
         except (ValueError, RecursionError) as error:
@@ -244,6 +285,7 @@ class Gateway:
         for name, why in REFUSED.items():
             if request.get(name):
                 return await refuse(400, "invalid_request_error", f"{name}: {why}")
+        media = media_in(request)
         if state.ended:  # while the body was on its way
             return await refuse(401, "authentication_error", ENDED)
         if api and state.requests >= self.max_calls:
@@ -251,7 +293,10 @@ class Gateway:
             message = f"agent.max_calls: this attempt has made its {self.max_calls} calls"
             return await refuse(429, "raygent_max_calls", message, {"x-should-retry": "false"})
         state.requests += bool(api)
-        agent = (matched and unquote(matched["agent"] or "")) or headers.get("x-raygent-agent") or _named(request)
+        agent = matched and unquote(matched["agent"] or "")
+        if not agent:  # what an upstream is named for is not answered by the policy, whoever asks
+            named = _named(request)
+            agent = named if self.upstream_of(named) else headers.get(AGENT_HEADER) or named
         only_prompt = api == "completions" and request.get("echo") and request.get("max_tokens") == 0
         context = CallContext(
             key,
@@ -259,9 +304,16 @@ class Gateway:
             agent.encode("utf-8", "replace").decode(),
             api or "",
             body.decode("utf-8", "replace"),
-            "prompt_logprobs_only" if only_prompt else "",
+            "prompt_logprobs_only" if only_prompt else media,
             tools_of(request),
         )
+        if api and (upstream := self.upstream_of(context.agent)):
+            return await upstream.answer(rest, request, headers, receive, send, context, refuse)
+        if media and self.text_only:
+            why = f"the served model takes text alone, no {media}; leave it out"
+            return await refuse(400, "invalid_request_error", why)
+        if key.mode != "eval":
+            unbind(request)
         request["model"] = POLICY
         request.pop("request_id", None)  # vLLM would make it its own, and calls of one id would be one to the capture
         for name in MAX_TOKENS if self.max_tokens else ():
@@ -270,25 +322,38 @@ class Gateway:
         changed = json.dumps(request).encode()
         await self._serve(_at(scope, rest, headers), changed, receive, send, context, refuse)
 
-    async def _take_spans(
-        self, state: AttemptState, headers: dict[str, str], receive: Callable, send: Callable, refuse: Refusal
+    async def _keep(
+        self,
+        path: str,
+        state: AttemptState,
+        headers: dict[str, str],
+        receive: Callable,
+        send: Callable,
+        refuse: Refusal,
     ) -> None:
-        body = await _body(receive)
-        if body is None:
-            return await refuse(413, "request_too_large", f"a request has at most {MAX_BODY_BYTES >> 20} MiB")
+        """Take the traces or the reward in the request's body; they are handed over at the attempt's end."""
+        if (body := await _body(receive, refuse)) is None:
+            return
         content_type = headers.get("content-type", "").lower()
+        encoding = headers.get("content-encoding", "").lower()
         try:
-            spans = spans_of(body, content_type, headers.get("content-encoding", "").lower())
+            if path == REWARDS:
+                told = [reward_in(body)]
+            elif len(body) > IN_THREAD_BYTES or encoding:
+                told = await asyncio.to_thread(spans_of, body, content_type, encoding)
+            else:
+                told = spans_of(body, content_type, encoding)
         except ValueError as error:
-            return await refuse(400, "invalid_request_error", f"the traces: {error}"[:MAX_MESSAGE])
+            return await refuse(400, "invalid_request_error", f"{path}: {error}"[:MAX_MESSAGE])
         if state.ended:
             return await refuse(401, "authentication_error", ENDED)
-        if len(state.spans) + len(spans) > MOST_SPANS or state.span_bytes + len(body) > MAX_BYTES:
-            limits = f"{MOST_SPANS} spans and {MAX_BYTES >> 20} MiB"
-            return await refuse(413, "request_too_large", f"an attempt keeps {limits} of OpenTelemetry's")
-        state.span_bytes += len(body)
-        state.spans += spans
-        protobuf = content_type.startswith(PROTOBUF)
+        kept = state.spans if path == TRACES else state.rewards
+        if len(kept) + len(told) > MOST_KEPT or state.kept_bytes[path] + len(body) > MAX_BYTES:
+            limits = f"{MOST_KEPT:,} {KEPT[path]} and {MAX_BYTES >> 20} MiB"
+            return await refuse(413, "request_too_large", f"{path}: an attempt keeps {limits}")
+        state.kept_bytes[path] += len(body)
+        kept += told
+        protobuf = path == TRACES and content_type.startswith(PROTOBUF)
         answer = b"" if protobuf else b"{}"  # an ExportTraceServiceResponse with nothing to say
         kind = PROTOBUF if protobuf else "application/json"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind.encode())]})
@@ -308,18 +373,19 @@ class Gateway:
             return await receive()  # a hang-up
 
         refused: dict | None = None  # the start of an error, held back until its body is there
-        told = b""
+        told, answered = bytearray(), False
 
         async def watch(message: dict) -> None:
-            nonlocal refused, told
+            nonlocal refused, answered
+            answered = message["type"] == "http.response.body" and not message.get("more_body")
             if message["type"] == "http.response.start" and message["status"] >= 400:
                 refused = message
                 return
             if refused is None:
                 return await send(message)
-            told += message.get("body", b"")
-            if not message.get("more_body"):
-                await self._tell_error(refused, told, body, context, send, refuse)
+            told.extend(message.get("body", b""))
+            if answered:
+                await self._tell_error(refused, bytes(told), body, context, send, refuse)
 
         task = asyncio.current_task()
         assert task is not None
@@ -327,6 +393,12 @@ class Gateway:
         context.state.tasks.add(task)
         try:
             await self.app(scope, replay, watch)
+        except Exception:
+            # Starlette raises again what it has answered with a 500. Passed on, it would have the server close the
+            # connection, maybe under the client's next request.
+            if not answered:
+                raise
+            logger.exception("%s: failed inside vLLM", scope["path"])
         finally:
             context.over = True
             for call in list(context.running):
@@ -348,7 +420,8 @@ class Gateway:
         context.state.failed |= status >= 500
         if refuse.anthropic or len(told) > MAX_MESSAGE:
             kind = ANTHROPIC_KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
-            return await refuse(status, kind, message[:MAX_MESSAGE] or f"status {status}")
+            wait = {name.decode(): value.decode() for name, value in start["headers"] if name == b"retry-after"}
+            return await refuse(status, kind, message[:MAX_MESSAGE] or f"status {status}", wait)
         await send(start)
         await send({"type": "http.response.body", "body": told})
 
@@ -410,6 +483,31 @@ def _named(request: dict) -> str:
     return model if isinstance(model, str) and model not in ("", POLICY) else "agent"
 
 
+def unbind(request: dict[str, Any]) -> None:
+    """Let the policy itself write the calls of tools that are `strict`, as the Agents SDK's are by default: under vLLM's
+    grammar what is sampled is not the policy's, and could not be trained."""
+    tools = request.get("tools")
+    for tool in tools if isinstance(tools, list) else []:
+        for place in (tool, tool.get("function")) if isinstance(tool, dict) else ():
+            if isinstance(place, dict) and place.get("strict"):
+                place["strict"] = False
+
+
+def media_in(request: dict) -> str:
+    """The type of a part of the conversation that is no text, whichever API's; "" where all are."""
+    parts = [request.get("messages"), request.get("input")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        elif isinstance(part, dict):
+            kind = part.get("type")
+            if isinstance(kind, str) and kind in MEDIA:
+                return kind
+            parts += (part.get("content"), part.get("output"))  # the latter: of a tool, in Responses
+    return ""
+
+
 def _message(body: bytes) -> str:
     """What an error of vLLM's says; "" where it is in no shape that is known."""
     try:
@@ -423,12 +521,32 @@ def _message(body: bytes) -> str:
 def _at(scope: dict, path: str, headers: dict[str, str]) -> dict:
     """`scope` as vLLM's app sees it: no key in the path, no credentials, no request id of the client's, the body's length
     left to be found."""
-    dropped = ("authorization", "x-api-key", "content-length", "x-raygent-agent", "x-request-id")
+    dropped = ("authorization", "x-api-key", "content-length", AGENT_HEADER, "x-request-id")
     kept = [(name.encode(), value.encode("latin1")) for name, value in headers.items() if name not in dropped]
     return scope | {"path": path, "raw_path": path.encode(), "root_path": "", "headers": kept}
 
 
-async def _body(receive: Callable) -> bytes | None:
+def reward_in(body: bytes) -> dict[str, Any]:
+    """The reward that a request's body holds, as `emit_reward` would record it. Raises ValueError where it holds none."""
+    try:
+        told = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the body is not JSON: {error}") from error
+    if not isinstance(told, dict) or "value" not in told:
+        raise ValueError('the body must be a JSON object with a "value"')
+    for name, (kind, words) in REWARD_TYPES.items():
+        if not isinstance(told.get(name, kind()), kind):
+            raise ValueError(f"{name} must be {words}")
+    if strangers := told.keys() - REWARD_TYPES.keys() - {"value"}:
+        raise ValueError(f"unknown: {', '.join(sorted(strangers))}; a reward has value, {', '.join(REWARD_TYPES)}")
+    try:
+        return reward_fields(**told)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+async def _body(receive: Callable, refuse: Refusal) -> bytes | None:
+    """The whole body; None where it is too large, which the client has been told."""
     chunks, size = [], 0
     while True:
         message = await receive()
@@ -437,6 +555,7 @@ async def _body(receive: Callable) -> bytes | None:
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
         if size > MAX_BODY_BYTES:
+            await refuse(413, "request_too_large", f"a request has at most {MAX_BODY_BYTES >> 20} MiB")
             return None
         if not message.get("more_body"):
             return b"".join(chunks)

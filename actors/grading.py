@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from raygent.actors.subprocess_agent import Supervised, scrubbed_environment
-from raygent.agent import GRADER_OFFERS, Verdict, arguments, awaited, is_async, load_callable, read_verdict
+from raygent.callables import GRADER_OFFERS, Verdict, arguments, awaited, is_async, load_callable, read_verdict
 from raygent.config import Config
 
 MOST_PROCESSES = 8  # of one worker

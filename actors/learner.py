@@ -13,7 +13,7 @@ import os
 import shutil
 import socket
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,17 @@ from ray.exceptions import ActorDiedError, RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from raygent.actors.micro_batches import MicroBatch, deal, micro_batches
-from raygent.algorithms.loss import kl_loss, policy_loss
-from raygent.config import Config, check_loss
+from raygent.actors import adapters
+from raygent.actors.micro_batches import MicroBatch, Share, deal, micro_batches
+from raygent.actors.working_folder import localised, working_folder
+from raygent.algorithms.loss import kl_loss
+from raygent.config import POLICY, Config, ConfigError, check_loss
 from raygent.records import Sample
 
 logger = logging.getLogger("raygent")
 PLACEMENT_DEADLINE_S = 1800.0
+BEST = "best"  # leads to the checkpoint with the best evaluation
+CRITIC = "critic"  # the folder of its part in a checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,6 +50,14 @@ class Checkpoint:
     step: int
     version: int
 
+    def of_critic(self) -> Checkpoint:
+        """The critic's part. Raises ConfigError where there is none."""
+        if not (self.path / CRITIC).is_dir():
+            raise ConfigError(
+                f"algorithm.name: {self.path} holds no critic, so the run was begun without one; choose another run.name"
+            )
+        return replace(self, path=self.path / CRITIC)
+
 
 def latest_checkpoint(run_directory: Path) -> Checkpoint | None:
     """The complete checkpoint with the most steps: a folder gets its name only once all of it is written."""
@@ -59,8 +71,16 @@ def latest_checkpoint(run_directory: Path) -> Checkpoint | None:
 class Learner:
     """One rank. `start` once, after all ranks are there."""
 
-    def __init__(self, config: Config, rank: int) -> None:
-        self.config, self.rank, self.ranks = config, rank, config.learner.ranks
+    MEANS: tuple[str, ...] = (
+        "entropy",
+        "clip_fraction",
+        "kl_old",
+        "kl_reference",
+    )  # over the tokens, of what _loss sums up
+
+    def __init__(self, config: Config, rank: int, root: str) -> None:
+        """`root` is the driver's working folder: on another node the same files lie in this one's."""
+        self.config, self.rank, self.ranks = localised(config, root), rank, config.learner.ranks
 
     def address(self) -> tuple[str, int]:
         with socket.socket() as probe:
@@ -74,7 +94,6 @@ class Learner:
         """Join the group and load the weights: the checkpoint's with its optimiser, else model.path."""
         import deepspeed
         import deepspeed.ops
-        from transformers import AutoModelForCausalLM
 
         settings = self.config.learner
         torch.set_num_threads(settings.threads)
@@ -86,25 +105,45 @@ class Learner:
         self.device = torch.device("cuda", 0) if settings.gpus else torch.device("cpu")
         deepspeed.init_distributed("nccl" if settings.gpus else "gloo", auto_mpi_discovery=False, verbose=False)
         dtype = DTYPES[settings.dtype]
-        path = str(checkpoint.path) if checkpoint else self.config.model.path
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        path = str(checkpoint.path) if checkpoint and not settings.lora else self.config.model.path
+        model = self._load(path, dtype)
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
+        groups = [{"params": list(model.parameters())}]
+        if settings.lora:
+            if settings.gradient_checkpointing:
+                model.enable_input_require_grads()  # or nothing in a layer whose own weights are frozen has a gradient
+            model = adapters.add_adapters(model, self.config)
+            groups = [{"params": adapters.parameters_of(model, name)} for name in self.config.adapters]
         optimiser = torch.optim.AdamW(
-            model.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+            groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
         )
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser, config=self._deepspeed_config())
-        self.reference = None
-        if self.config.algorithm.kl > 0:
-            self.reference = AutoModelForCausalLM.from_pretrained(self.config.model.path, dtype=dtype).eval()
-            torch.nn.Module.to(self.reference, self.device)
-            self.reference.requires_grad_(False)
+        self.reference = self._load_reference(dtype)
         if checkpoint:
-            loaded, _ = self.engine.load_checkpoint(str(checkpoint.path), tag="optimiser")
+            whole = settings.lora is None
+            loaded, _ = self.engine.load_checkpoint(str(checkpoint.path), tag="optimiser", load_module_strict=whole)
             if loaded is None:
                 raise RuntimeError(f"{checkpoint.path}/optimiser does not load")
         self.version = checkpoint.version if checkpoint else 0  # of the weights, as the engines have them
         self._note(start=checkpoint.step if checkpoint else 0)
+
+    def _load(self, path: str, dtype: torch.dtype) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+    def _load_reference(self, dtype: torch.dtype) -> Any:
+        """The first weights, or the teacher; None where nothing asks for them."""
+        if not self.config.with_reference:
+            return None
+        reference = self._load(self.config.algorithm.teacher or self.config.model.path, dtype).eval()
+        torch.nn.Module.to(reference, self.device)
+        return reference.requires_grad_(False)
+
+    def policy_of(self, sample: Sample) -> str:
+        """The weights that `sample` trains."""
+        return self.config.policy_of(sample.agent)
 
     def _note(self, **fields: Any) -> None:
         """A line in the run's `learner.jsonl`, by rank 0: each start and the step it goes on from, each step applied."""
@@ -141,29 +180,51 @@ class Learner:
         sums: dict[str, float] = {}
         gaps: list[np.ndarray] = []
         norms = []
-        self._set_learning_rate(step)
+        rate = self._learning_rate(step)
         parts = _mini_batches(samples, self.config.algorithm.mini_batches)
         for number, part in enumerate(parts):
+            self._set_learning_rates(part, rate)
             self.backward(part, sums, gaps if number == 0 else None)
             norms.append(self._update())
         self._note(step=step, rollouts=sorted({sample.rollout_id for sample in samples}))
         metrics = self._reduced(sums, len(parts)) | self._mismatch(gaps)
         metrics |= {
             "gradient_norm": float(np.mean(norms)) if norms else 0.0,
-            "learning_rate": self.engine.optimizer.param_groups[0]["lr"],
+            "learning_rate": rate,
             "learn_tokens_per_s": float(sum(len(sample) for sample in samples)) / (time.monotonic() - started),
         }
         return metrics
 
     def backward(self, samples: list[Sample], sums: dict[str, float], gaps: list[np.ndarray] | None = None) -> None:
-        """Accumulate the gradient of the loss over all of `samples` (weights sum to 1 after this scales them)."""
-        total = sum(sample.weight * int(sample.loss_mask.sum()) for sample in samples)
-        scale = 1.0 / total if total > 0 else 0.0
-        mine = micro_batches(deal(samples, self.ranks), self.rank, self.config.learner.micro_batch_tokens)
-        for place, batch in enumerate(mine):
+        """Accumulate the gradient of the loss over all of `samples` (a policy's shares sum to 1 after this scales them)."""
+        if self.config.learner.lora and self.config.learner.zero_stage == 3:
+            # DeepSpeed sets it in the first backward pass, of the parameters that this one reaches, and then adds to it
+            self.engine.optimizer.grad_partitions_flat_buffer.zero_()
+        mine = self._mine(samples)
+        totals: dict[str, float] = {}
+        for sample in samples:
+            add(totals, self.policy_of(sample), sample.share)
+        for place, (policy, batch) in enumerate(mine):
+            self._use(policy)
             self.engine.set_gradient_accumulation_boundary(place == len(mine) - 1)
+            scale = 1.0 / totals[policy] if totals[policy] > 0 else 0.0
             loss = self._loss(batch.to(self.device), scale, sums, gaps)
             self.engine.backward(loss * self.ranks, scale_wrt_gas=False)
+
+    def _mine(self, samples: list[Sample]) -> list[tuple[str, MicroBatch]]:
+        """This rank's micro-batches, each of one policy; as many and in the same order of policies on every rank."""
+        parts: dict[str, Share] = {}
+        for place, sample in enumerate(samples):
+            parts.setdefault(self.policy_of(sample), []).append((place, sample))
+        return [
+            (policy, batch)
+            for policy, part in sorted(parts.items())
+            for batch in micro_batches(deal(part, self.ranks), self.rank, self.config.learner.micro_batch_tokens)
+        ]
+
+    def _use(self, policy: str) -> None:
+        if self.config.learner.lora:
+            adapters.use(self.engine.module, policy)
 
     def _update(self) -> float:
         """The optimiser's step. Returns the norm of the whole gradient before clipping."""
@@ -179,26 +240,29 @@ class Learner:
         algorithm = self.config.algorithm
         logprobs, entropy = self._token_logprobs(self.engine, batch)
         weights = batch.weights * scale
-        loss, told = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, weights, algorithm)
+        loss, told = self.config.named_algorithm.loss(
+            logprobs, batch.logprobs, batch.advantages, batch.mask, weights, algorithm
+        )
         mask = batch.mask
         with torch.no_grad():
             count = float(mask.sum())
             difference = (logprobs - batch.logprobs)[mask]
-            _add(sums, "loss", float(loss))
-            _add(sums, "tokens", count)
-            _add(sums, "entropy", float(entropy[mask].sum()))
-            _add(sums, "clip_fraction", told.get("actor/pg_clipfrac", 0.0) * count)
-            _add(sums, "kl_old", float((difference.exp() - 1 - difference).sum()))
+            add(sums, "loss", float(loss))
+            add(sums, "tokens", count)
+            add(sums, "entropy", float(entropy[mask].sum()))
+            add(sums, "clip_fraction", told.get("actor/pg_clipfrac", 0.0) * count)
+            known = difference[batch.versions[mask] >= 0]  # not so the log-probabilities of what was recorded elsewhere
+            add(sums, "kl_old", float((known.exp() - 1 - known).sum()))
             if gaps is not None:
                 current = batch.versions[mask] == self.version
                 gaps.append(difference[current].abs().float().cpu().numpy())
         if algorithm.entropy:
             loss = loss - algorithm.entropy * (entropy * mask * weights).sum()
-        if self.reference is not None:
+        if algorithm.kl and algorithm.kl_in == "loss":
             with torch.no_grad():
                 reference, _ = self._token_logprobs(self.reference, batch)
             penalty = kl_loss(logprobs, reference, mask, weights, algorithm.kl_kind)
-            _add(sums, "kl_reference", float((logprobs - reference).detach()[mask].sum()))
+            add(sums, "kl_reference", float((logprobs - reference).detach()[mask].sum()))
             loss = loss + algorithm.kl * penalty
         return loss
 
@@ -218,31 +282,42 @@ class Learner:
         return pad(nothing.masked_scatter(chosen, picked), (1, 0)), pad(nothing.masked_scatter(chosen, entropy), (1, 0))
 
     @torch.no_grad()
-    def logprobs(self, samples: list[Sample]) -> list[np.ndarray]:
-        """This rank's share: each sample's place in `samples` and the learner's logprobs, float32 [T], 0 where not masked."""
-        found: list[Any] = []
-        for batch in micro_batches(deal(samples, self.ranks), self.rank, self.config.learner.micro_batch_tokens):
-            values, _ = self._token_logprobs(self.engine, batch.to(self.device))
+    def measure(self, what: str, samples: list[Sample]) -> list[tuple[int, np.ndarray]]:
+        """This rank's share: each sample's place in `samples` and what was measured of it, float32 [T], 0 where not masked."""
+        found = []
+        for policy, batch in self._mine(samples):
+            self._use(policy)
+            values = self._measured(what, batch.to(self.device))
             for row, place in enumerate(batch.places):
                 if place >= 0:
                     found.append((place, values[row, : len(samples[place])].cpu().numpy()))
         return found
 
-    def _set_learning_rate(self, step: int) -> None:
+    def _measured(self, what: str, batch: MicroBatch) -> torch.Tensor:
+        """The log-probabilities under the weights of now ("current") or the "reference"."""
+        return self._token_logprobs(self.engine if what == "current" else self.reference, batch)[0]
+
+    def _learning_rate(self, step: int) -> float:
         settings, steps = self.config.learner, max(self.config.run.steps, 1)
         rate = settings.learning_rate * (1 - step / steps if settings.decay == "linear" else 1.0)
         rate *= min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = rate
+        return rate
+
+    def _set_learning_rates(self, samples: list[Sample], rate: float) -> None:
+        """`rate` for what `samples` train. An adapter that they do not train stays as it is to the bit: none."""
+        trained = {self.policy_of(sample) for sample in samples if sample.loss_mask.any()}
+        names = self.config.adapters or [POLICY]
+        for name, group in zip(names, self.engine.optimizer.param_groups, strict=True):
+            group["lr"] = rate if name in trained else 0.0
 
     def _reduced(self, sums: dict[str, float], updates: int) -> dict[str, float]:
-        names = ["loss", "tokens", "entropy", "clip_fraction", "kl_old", "kl_reference"]
+        names = ["loss", "tokens", *self.MEANS]
         values = torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(values)
         total = dict(zip(names, values.tolist(), strict=True))
-        tokens = max(total.pop("tokens"), 1.0)
-        loss = total.pop("loss")
-        return {"loss": loss / max(updates, 1)} | {name: value / tokens for name, value in total.items()}
+        tokens, loss = total.pop("tokens"), total.pop("loss")
+        means = {name: value / tokens for name, value in total.items()} if tokens else {}
+        return {"loss": loss / max(updates, 1)} | means
 
     def _mismatch(self, gaps: list[np.ndarray]) -> dict[str, float]:
         every: list[Any] = [None] * self.ranks
@@ -261,19 +336,30 @@ class Learner:
         from raygent.actors.weight_transfer import push_cpu, push_nccl
 
         self.version = version
+        if self.config.learner.lora:
+            return adapters.push_adapters(self.engine.module, self.config, self.rank, engine, version)
         push = push_nccl if self.config.nccl else push_cpu
         return push(self.engine.module, self.config.learner.zero_stage, self.rank, engine, version)
 
-    def save(self, folder: str, step: int, version: int) -> None:
-        """Write the rank's part of a checkpoint into `folder`; rank 0 the weights as transformers and vLLM load them."""
+    def save(self, folder: str) -> None:
+        """Write the rank's part of a checkpoint into `folder`; rank 0 the weights as transformers and vLLM load them, or the
+        adapters as peft and vLLM do."""
         from transformers import AutoTokenizer
 
         from raygent.actors.weight_transfer import full_parameters
 
-        self.engine.save_checkpoint(folder, tag="optimiser", save_latest=False)
+        lora, stage = self.config.learner.lora, self.config.learner.zero_stage
+        self.engine.save_checkpoint(
+            folder, tag="optimiser", save_latest=False, exclude_frozen_parameters=lora is not None
+        )
+        if lora:
+            for name in self.config.adapters:
+                if files := adapters.files_of(self.engine.module, name, stage, self.rank == 0):
+                    adapters.write_files(files, Path(folder) / adapters.FOLDER / name)
+            return
         state = {
             name: tensor.to("cpu", copy=True) if self.rank == 0 else None
-            for name, tensor in full_parameters(self.engine.module, self.config.learner.zero_stage)
+            for name, tensor in full_parameters(self.engine.module.named_parameters(), stage)
         }
         if self.rank == 0:
             model = self.engine.module
@@ -300,7 +386,7 @@ def checkpoint_activations(model: Any) -> None:
     model.gradient_checkpointing_enable()
 
 
-def _add(sums: dict[str, float], name: str, value: float) -> None:
+def add(sums: dict[str, float], name: str, value: float) -> None:
     sums[name] = sums.get(name, 0.0) + value
 
 
@@ -318,9 +404,9 @@ def _mini_batches(samples: list[Sample], number: int) -> list[list[Sample]]:
 class LearnerGroup:
     """The driver's end: every method asks all ranks at once. Raises LearnerLost where one of them died."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, kind: type[Learner] = Learner) -> None:
         check_loss(config.algorithm)
-        self.config = config
+        self.config, self.kind = config, kind
         self.directory = config.run_directory
         self.ranks: list[Any] = []
         self.group: PlacementGroup | None = None
@@ -331,17 +417,17 @@ class LearnerGroup:
         self.group = placement_group([need] * settings.ranks, strategy="PACK")
         _wait_for(self.group, need, settings.ranks)
         environment = {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-        if self.config.model.path.startswith("/"):
+        if all(path.startswith("/") for path in (self.config.model.path, self.config.algorithm.teacher or "/")):
             environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         self.ranks = [
-            ray.remote(Learner)
+            ray.remote(self.kind)
             .options(
                 num_cpus=1,
                 num_gpus=settings.gpus,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=rank),
                 runtime_env={"env_vars": environment},
             )
-            .remote(self.config, rank)
+            .remote(self.config, rank, str(working_folder()))
             for rank in range(settings.ranks)
         ]
         host, port = ray.get(self.ranks[0].address.remote())
@@ -350,30 +436,47 @@ class LearnerGroup:
     def step(self, samples: list[Sample], step: int) -> dict[str, float]:
         return self._all("step", ray.put(samples), step)[0]
 
-    def logprobs(self, samples: list[Sample]) -> list[np.ndarray]:
-        """The learner's log-probability of each masked token of each sample, float32 [T], else 0."""
-        found = dict(entry for share in self._all("logprobs", ray.put(samples)) for entry in share)
+    def measure(self, what: str, samples: list[Sample]) -> list[np.ndarray]:
+        """Of each masked token of each sample its log-probability under the weights of now ("current") or the "reference", or
+        the critic's "values" before it: float32 [T], else 0."""
+        found = dict(entry for share in self._all("measure", what, ray.put(samples)) for entry in share)
         return [found[place] for place in range(len(samples))]
 
     def push(self, engine: Any, version: int) -> dict[str, float]:
         return self._all("push", engine, version)[0]
 
-    def save(self, step: int, version: int) -> Checkpoint:
-        """A checkpoint `checkpoints/step-N/`, complete once it has that name; older ones beyond keep_checkpoints go."""
+    def save(self, step: int, version: int, critic: LearnerGroup | None = None) -> Checkpoint:
+        """A checkpoint `checkpoints/step-N/`, complete once it has that name, with the critic's in `critic/`; older ones beyond
+        keep_checkpoints go."""
         root = self.directory / "checkpoints"
         final, partial = root / f"step-{step:06d}", root / f".step-{step:06d}.partial"
         for left in root.glob(".step-*"):  # by a process that was killed
             shutil.rmtree(left)
         if not final.exists():
             partial.mkdir(parents=True)
-            self._all("save", str(partial), step, version)
+            self._all("save", str(partial))
+            if critic:
+                critic._all("save", str(partial / CRITIC))
             (partial / "raygent.json").write_text(json.dumps({"step": step, "version": version}) + "\n")
             os.sync()
             partial.rename(final)
+        best = (root / BEST).resolve()
         for old in sorted(root.glob("step-*"))[: -self.config.run.keep_checkpoints]:
+            if old.resolve() == best:
+                continue
             gone = old.rename(root / f".{old.name}.gone")  # so that no half of it passes for a checkpoint
             shutil.rmtree(gone)
         return Checkpoint(final, step, version)
+
+    def mark_best(self, step: int | None) -> None:
+        """Let `checkpoints/best` lead to the checkpoint of `step`, which is kept from now on; where there is none, all stays as it
+        is."""
+        root = self.directory / "checkpoints"
+        target, beside = root / f"step-{step or 0:06d}", root / f".{BEST}"
+        if target.is_dir():
+            beside.unlink(missing_ok=True)
+            beside.symlink_to(target.name)
+            beside.replace(root / BEST)
 
     def restart(self, checkpoint: Checkpoint | None) -> None:
         self.stop()

@@ -25,24 +25,26 @@ class MicroBatch:
     versions: torch.Tensor  # int32, the policy version that sampled each masked token
     temperature: torch.Tensor  # float32
     places: list[int]
+    values: torch.Tensor | None = None  # float32, with a critic
+    returns: torch.Tensor | None = None  # float32, with a critic
 
     def to(self, device: torch.device) -> MicroBatch:
         if device.type != "cpu":
-            for name in ("token_ids", "mask", "logprobs", "advantages", "weights", "versions", "temperature"):
-                setattr(self, name, getattr(self, name).to(device))
+            for name, value in vars(self).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(self, name, value.to(device))
         return self
 
 
-Share = list[tuple[int, Sample]]
+Share = list[tuple[int, Sample]]  # each with its place in the batch
 
 
-def deal(samples: list[Sample], ranks: int) -> list[Share]:
+def deal(samples: Share, ranks: int) -> list[Share]:
     """Longest first, in turn and back again, so that ranks have about the same work; deterministic."""
-    order = sorted(range(len(samples)), key=lambda place: (-len(samples[place]), place))
     shares: list[Share] = [[] for _ in range(ranks)]
-    for turn, place in enumerate(order):
+    for turn, entry in enumerate(sorted(samples, key=lambda entry: (-len(entry[1]), entry[0]))):
         row, column = divmod(turn, ranks)
-        shares[column if row % 2 == 0 else ranks - 1 - column].append((place, samples[place]))
+        shares[column if row % 2 == 0 else ranks - 1 - column].append(entry)
     return shares
 
 
@@ -78,6 +80,10 @@ def to_micro_batch(entries: Share) -> MicroBatch:
             whole[row, : len(array)] = array
         return torch.from_numpy(whole)
 
+    def optional(arrays: list[np.ndarray | None]) -> torch.Tensor | None:
+        there = [array for array in arrays if array is not None]
+        return padded(there) if there else None
+
     samples = [sample for _, sample in entries]
     return MicroBatch(
         token_ids=padded([sample.token_ids for sample in samples]).long(),
@@ -88,9 +94,11 @@ def to_micro_batch(entries: Share) -> MicroBatch:
         versions=padded([sample.policy_versions for sample in samples]),
         temperature=padded([sample.temperature for sample in samples], 1),
         places=[place for place, _ in entries],
+        values=optional([sample.values for sample in samples]),
+        returns=optional([sample.returns for sample in samples]),
     )
 
 
 def filler() -> MicroBatch:
     ones, zeros = torch.ones(1, 2), torch.zeros(1, 2)
-    return MicroBatch(zeros.long(), zeros.bool(), zeros, zeros, zeros, zeros.int(), ones, [-1])
+    return MicroBatch(zeros.long(), zeros.bool(), zeros, zeros, zeros, zeros.int(), ones, [-1], zeros, zeros)

@@ -5,9 +5,11 @@ https://opentelemetry.io/docs/specs/otlp/#otlphttp: protobuf or JSON, whole or g
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -17,27 +19,30 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 PROTOBUF = "application/x-protobuf"
 MAX_BYTES = 16 << 20  # of a request, unzipped
 NANO = 1e9
+IDS = {"otlp.trace_id": "traceId", "otlp.span_id": "spanId", "otlp.parent_span_id": "parentSpanId"}
 
 
 def spans_of(body: bytes, content_type: str, encoding: str) -> list[dict[str, Any]]:
-    """The spans of an export request: name, kind "otlp", attributes (with status and events where they say something),
-    started, finished (Unix seconds). Raises ValueError where the body is no such request, or larger than MAX_BYTES."""
+    """The spans of an export request: name, kind "otlp", attributes (with `otlp.trace_id`, `otlp.span_id`,
+    `otlp.parent_span_id` in hex, and status and events where they say something), started, finished (Unix seconds).
+    Raises ValueError where the body is no such request, or larger than MAX_BYTES."""
     if encoding == "gzip":
         body = _unzipped(body)
     elif encoding not in ("", "identity"):
         raise ValueError(f"content-encoding {encoding!r}; use gzip or none")
     if len(body) > MAX_BYTES:
         raise ValueError(f"over {MAX_BYTES >> 20} MiB")
-    if content_type.startswith(PROTOBUF):
+    protobuf = content_type.startswith(PROTOBUF)
+    if protobuf:
         try:
             whole = MessageToDict(ExportTraceServiceRequest.FromString(body), use_integers_for_enums=True)
         except DecodeError as error:
             raise ValueError(f"no ExportTraceServiceRequest: {error}") from error
     try:
-        if not content_type.startswith(PROTOBUF):
+        if not protobuf:
             whole = json.loads(body)
         return [
-            _span(span)
+            _span(span, _hex if protobuf else str)
             for resource in whole.get("resourceSpans") or []
             for scope in resource.get("scopeSpans") or []
             for span in scope.get("spans") or []
@@ -57,8 +62,10 @@ def _unzipped(body: bytes) -> bytes:
     return whole
 
 
-def _span(span: dict[str, Any]) -> dict[str, Any]:
+def _span(span: dict[str, Any], id_of: Callable[[Any], str]) -> dict[str, Any]:
     attributes = _attributes(span)
+    ids = {name: span.get(key) for name, key in IDS.items()}
+    attributes |= {name: id_of(found) for name, found in ids.items() if found}
     if status := {key: value for key, value in (span.get("status") or {}).items() if value}:
         attributes["otlp.status"] = status
     if events := span.get("events"):
@@ -71,6 +78,11 @@ def _span(span: dict[str, Any]) -> dict[str, Any]:
         "started": started,
         "finished": finished,
     }
+
+
+def _hex(base64_text: str) -> str:
+    """An id as OTLP's JSON has it; MessageToDict gives base64 of its bytes."""
+    return base64.b64decode(base64_text).hex()
 
 
 def _attributes(of: dict[str, Any]) -> dict[str, Any]:

@@ -21,8 +21,8 @@ def outcome_of(ended: Ended, closed: dict[str, dict[str, Any]]) -> str:
 
     Where both were refused it, its error text tells which one it failed by.
     """
-    if ended.how == "timeout":
-        return "timeout"
+    if ended.how in ("timeout", "over_memory", "over_processes"):
+        return ended.how
     if MAX_CALLS in ended.error:
         return "max_calls"
     if OVERFLOW.search(ended.error):

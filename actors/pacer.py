@@ -8,13 +8,14 @@ import os
 import random
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from raygent.config import Config
-from raygent.records import Rollout, Task
+from raygent.records import PromptVersion, Rollout, Task
 
 
 class Versions:
@@ -54,17 +55,45 @@ class Versions:
 
 def train_rollouts(config: Config, tasks: list[Task], step: int, version: int) -> list[Rollout]:
     """The groups of driver step `step`: the data order depends on run.seed and the step alone, so a resumed run keeps it."""
+    chosen = [tasks[place] for place in due(config, len(tasks), step)]
+    return _groups(config, f"train-{step:06d}", chosen, step, version)
+
+
+def due(config: Config, items: int, step: int) -> list[int]:
+    """Which of so many items are due at driver step `step`: `algorithm.tasks_per_step` of them, epoch after epoch, each in an
+    order of its own."""
     size = config.algorithm.tasks_per_step
-    chosen = []
-    for place in range(step * size, (step + 1) * size):
-        epoch, offset = divmod(place, len(tasks))
-        chosen.append((place, tasks[_order(config.run.seed, epoch, len(tasks))[offset]]))
+    places = [divmod(place, items) for place in range(step * size, (step + 1) * size)]
+    return [_order(config.run.seed, epoch, items)[offset] for epoch, offset in places]
+
+
+def refill_rollouts(
+    config: Config, tasks: list[Task], step: int, version: int, refill: int, number: int
+) -> list[Rollout]:
+    """`number` more groups of step `step`, its `refill`-th from 1, of tasks drawn by run.seed, step and refill alone."""
+    chosen = random.Random(f"{config.run.seed}-{step}-{refill}").sample(tasks, min(number, len(tasks)))
+    return _groups(config, f"train-{step:06d}-refill-{refill}", chosen, step, version)
+
+
+def _groups(config: Config, name: str, tasks: list[Task], step: int, version: int) -> list[Rollout]:
+    """A group a task, with its greedy rollout where the algorithm needs one."""
+    greedy = config.named_algorithm.needs_greedy
     return [
-        Rollout(f"train-{step:06d}-{place % size:04d}-{index}", task.id, f"train-{step:06d}-{place % size:04d}", "train",
-                step, index, task.input, task.private, version)
-        for place, task in chosen
-        for index in range(config.algorithm.group_size)
-    ]  # fmt: skip
+        Rollout(
+            f"{name}-{place:04d}-{index}",
+            task.id,
+            f"{name}-{place:04d}",
+            mode,
+            step,
+            index,
+            task.input,
+            task.private,
+            version,
+        )
+        for place, task in enumerate(tasks)
+        for index in range(config.algorithm.group_size + greedy)
+        for mode in (("greedy" if index == config.algorithm.group_size else "train"),)
+    ]
 
 
 @lru_cache(2)
@@ -74,21 +103,28 @@ def _order(seed: int, epoch: int, tasks: int) -> list[int]:
     return order
 
 
-def eval_rollouts(config: Config, tasks: list[Task], step: int, version: int) -> list[Rollout]:
-    """`evaluate.samples` runs of each held-out task, all at one pinned version.
+def eval_rollouts(
+    config: Config, tasks: list[Task], step: int, version: int, prompts: dict[str, PromptVersion] | None = None
+) -> list[Rollout]:
+    """`evaluate.samples` runs of each held-out task, all at one pinned version and with these prompts.
 
-    The ids tell what the task is, so that one of other data is no rollout that the store has already.
+    The ids tell what the task and the prompts are, so that one of others is no rollout that the store has already.
     """
-    groups = [f"eval-{step:06d}-{number:05d}-{_digest(task)}" for number, task in enumerate(tasks)]
+    told, prompts = [prompts] if prompts else [], prompts or {}
+    groups = [
+        f"eval-{step:06d}-{number:05d}-{digest(task.id, task.input, task.private, *told)}"
+        for number, task in enumerate(tasks)
+    ]
     return [
-        Rollout(f"{group}-{index}", task.id, group, "eval", step, index, task.input, task.private, version)
+        Rollout(f"{group}-{index}", task.id, group, "eval", step, index, task.input, task.private, version, prompts)
         for group, task in zip(groups, tasks, strict=True)
         for index in range(config.evaluate.samples)
     ]
 
 
-def _digest(task: Task) -> str:
-    return hashlib.sha256(json.dumps([task.id, task.input, task.private]).encode()).hexdigest()[:8]
+def digest(*of: Any) -> str:
+    """8 hexadecimal digits of what JSON has of these."""
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:8]
 
 
 def steps_to_admit(config: Config, step: int) -> range:

@@ -35,6 +35,7 @@ from raygent.actors.store_state import (
     RolloutState,
     attempt_row,
     read_store,
+    reader_of_winners,
     recall,
     sources_of,
     state_frame,
@@ -43,14 +44,13 @@ from raygent.actors.store_tables import (
     StepKey,
     discard_uncommitted,
     make_folders,
-    read_records,
     record_name,
     state_name,
-    with_texts,
+    sum_costs,
     write_parquet,
     write_states,
 )
-from raygent.records import ENDED, INFRASTRUCTURE, OUTCOMES, SCHEMAS, SUCCEEDED, Lease, Rollout, Seal, to_batch, to_json
+from raygent.records import ENDED, INFRASTRUCTURE, OUTCOMES, SCHEMAS, SUCCEEDED, Lease, Rollout, Seal, to_json
 
 logger = logging.getLogger("raygent")
 
@@ -112,6 +112,7 @@ class ReplayStore:
             known = self.state.rollouts.get(rollout.rollout_id)
             row: dict[str, Any] = asdict(rollout) | {"status": "queued", "queued": time.time()}
             row |= {"input": to_json(rollout.input), "private": to_json(rollout.private)}
+            row["prompts"] = to_json(rollout.prompts)
             if known and known.outcome == REWOUND:
                 if known.key != (rollout.mode, rollout.step):
                     raise ValueError(f"{rollout.rollout_id}: was added for {known.key}, now for another step or mode")
@@ -174,13 +175,15 @@ class ReplayStore:
         self._change(rollouts=rows, attempts=stopped)
         await self._durable()
 
-    async def rewind(self, step: int) -> None:
-        """Go back to before `step`: it and the steps after it are to be done again. Durable, idempotent.
+    async def rewind(self, step: int | None) -> None:
+        """Go back to before `step` (None: the newest there is): it and the steps after it are to be done again. Durable,
+        idempotent.
 
         Rollouts of `step` stay as they are, running ones are queued again. Those of later steps, and those of `step` that
         were lost, are dropped with outcome "rewound", their attempts kept as late ones; their ids may be added again, with
         attempt numbers that go on.
         """
+        step = max((r.step for r in self.state.rollouts.values()), default=0) if step is None else step
         rollouts: list[dict[str, Any]] = []
         attempts: list[dict[str, Any]] = []
         for rollout in self.state.rollouts.values():
@@ -316,42 +319,17 @@ class ReplayStore:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.ended.wait(), min(left, self.lease_s / 4))
 
-    async def take(self, step: int, mode: str) -> dict[str, pa.Table]:
-        """The ended rollouts of `step` and `mode`, and of their winning attempts the attempts, calls and rewards.
+    async def take(self, step: int, mode: str, spans: bool = False) -> dict[str, pa.Table]:
+        """The ended rollouts of `step` and `mode`, and of their winning attempts the attempts, calls, rewards and, where asked
+        for, `spans`.
 
         Records are ordered by rollout and sequence. What it returns is durable. Dropped and lost rollouts have a row in
         "rollouts" and nothing else.
         """
-        key = (mode, step)
-        all_rollouts = self.state.rows("rollouts", key)
-        ended = pa.array([r.status in ENDED for r in self.state.steps.get(key, {}).values()], pa.bool_())
-        winners = {
-            (rollout.rollout_id, rollout.winning_attempt)
-            for rollout in self.state.steps.get(key, {}).values()
-            if rollout.status in ("succeeded", "failed")
-        }
-        won = [self.state.attempts[winner] for winner in sorted(winners)]
-        attempts = pa.Table.from_batches([to_batch(SCHEMAS["attempts"], [attempt_row(attempt) for attempt in won])])
         # Held records and `rolled` are of the same moment, so a roll that ends meanwhile neither doubles nor hides a row.
-        held = {t: [batch for attempt in won for batch in attempt.held[t]] for t in ("calls", "rewards")}
-        expected = {t: sum(getattr(attempt, t) for attempt in won) for t in held}
-        rolled = self.rolled
+        read = reader_of_winners(self.directory, self.state, self.rolled, (mode, step), spans)
         await self._durable()
-
-        def gather() -> dict[str, pa.Table]:
-            states = {"rollouts": all_rollouts.filter(ended), "attempts": attempts}
-            tables = {table: with_texts(self.directory, table, key, rows) for table, rows in states.items()}
-            for table, batches in held.items():
-                rows = pa.Table.from_batches(batches, SCHEMAS[table])
-                if len(rows) < expected[table]:
-                    rows = pa.concat_tables([rows, read_records(self.directory, table, rolled, key, winners)])
-                if len(rows) != expected[table]:
-                    what = f"{len(rows)} rows of the winners of {mode} step {step}, not {expected[table]}"
-                    raise StoreDamaged(str(self.directory / table), 0, what)
-                tables[table] = rows.combine_chunks().sort_by([("rollout_id", "ascending"), ("sequence", "ascending")])
-            return tables
-
-        return await asyncio.to_thread(gather)
+        return await asyncio.to_thread(read)
 
     async def status(self) -> dict[str, int]:
         """Counts: asked, each rollout status, `failed_KIND`, trained, retried (attempts that infrastructure failed), attempts
@@ -366,6 +344,11 @@ class ReplayStore:
             "workers": sum(heard > horizon for heard in self.workers.values()),
             "log_bytes": self.log.size,
         }  # fmt: skip
+
+    async def costs(self) -> dict[str, dict[str, float]]:
+        """Dollars that all recorded calls have cost: by upstream, by the engine replica that made them."""
+        held = [batch for attempt in self.state.attempts.values() for batch in attempt.held.get("calls", ())]
+        return await asyncio.to_thread(sum_costs, self.directory, self.rolled, held)
 
     # disk
 
@@ -446,7 +429,7 @@ class ReplayStore:
         for key in steps - self.state.dirty:
             for rollout in self.state.steps[key].values():
                 if rollout.status in ENDED:
-                    rollout.input = rollout.private = None
+                    rollout.input = rollout.private = rollout.prompts = None
                 for number in range(1, rollout.attempts + 1):
                     if self.state.attempts[rollout.rollout_id, number].error:
                         self.state.attempts[rollout.rollout_id, number].error = None
@@ -581,7 +564,7 @@ def _stopped(attempt: AttemptState, outcome: str) -> dict[str, Any]:
 
 
 def _rollout(state: RolloutState) -> Rollout:
-    assert state.input is not None and state.private is not None
+    assert state.input is not None and state.private is not None and state.prompts is not None
     return Rollout(
         state.rollout_id,
         state.task_id,
@@ -592,6 +575,7 @@ def _rollout(state: RolloutState) -> Rollout:
         json.loads(state.input),
         json.loads(state.private),
         state.resource_version,
+        json.loads(state.prompts),
     )
 
 

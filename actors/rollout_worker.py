@@ -8,36 +8,44 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
-from pathlib import Path
+from collections import Counter
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
 
 from raygent.actors.agent_runner import TEXT, AgentRunner, Ended, Recorder
-from raygent.actors.engine_handle import EngineUnavailable
+from raygent.actors.engine_handle import EngineError
 from raygent.actors.gateway import mint_key
 from raygent.actors.grading import Grader, GraderError, timed_out
 from raygent.actors.outcomes import NO_CALL, engine_failed, outcome_of
-from raygent.agent import ModelEndpoint, Verdict, plain, read_verdict
-from raygent.config import Config
-from raygent.records import INFRASTRUCTURE, SCHEMAS, SUCCEEDED, Lease, Seal, to_batch
+from raygent.actors.working_folder import localised, working_folder
+from raygent.callables import ModelEndpoint, Verdict, plain, read_verdict
+from raygent.config import OPTIMISER, Config
+from raygent.records import INFRASTRUCTURE, OWN_SAMPLING, SCHEMAS, SUCCEEDED, Lease, Seal, to_batch
 
 logger = logging.getLogger("raygent")
 Key = tuple[str, int]  # an attempt: rollout id, number
-Closed = dict[str, dict[str, Any]]  # engine replica -> {"calls", "overflow", "over_max_calls"} of one attempt
+Closed = dict[str, dict[str, Any]]  # engine replica -> what Engine.close_attempts tells of one attempt
 
 POLL_S = (0.02, 0.2)  # between asks for leases while the queue is empty: first, and at most
 KEY_MARGIN_S = 60.0  # a key ends with its attempt; this is how long it is good past agent.timeout_s
 ENGINE_POLL_S = 3.0
-ENGINE_PAUSE_S = 3.0  # after an engine's failure, times the square of the attempt's number
+ENGINE_PAUSE_S = 3.0  # after a failure of the engine's, or of an upstream's, times the square of the attempt's number
 WORN_THREADS = 4  # abandoned agents' threads a worker carries before it has itself replaced
 
 
 class EngineLost(Exception):
     """The engine did not answer, broke, or is not the one that the attempt began with."""
+
+    outcome = "engine_lost"
+
+
+class UpstreamLost(EngineLost):
+    """An upstream gave no reply, however often it was asked."""
+
+    outcome = "upstream_lost"
 
 
 class RolloutWorker:
@@ -46,8 +54,8 @@ class RolloutWorker:
     What it seals bears its `name` and the node it ran on.
     """
 
-    def __init__(self, config_json: str, store: Any, engine: Any, secret: str, name: str, root: str = "") -> None:
-        self.config = localised(Config.model_validate_json(config_json), root)
+    def __init__(self, config: Config, store: Any, engine: Any, secret: str, name: str, root: str = "") -> None:
+        self.config = localised(config, root)
         self.store = store
         self.engine = engine
         self.secret = secret
@@ -55,10 +63,12 @@ class RolloutWorker:
         self.runner = AgentRunner(self.config)
         self.grader = Grader(self.config, self.config.workers.rollouts_each) if self.config.grader.run else None
         self.closer = Closer(engine)
-        self.sources: frozenset[str] = frozenset()  # the engine replicas seen last
+        self.replicas: dict[str, str] = {}  # of the engine that serve, as seen last: source and url
+        self.at: Counter[str] = Counter()  # attempts that run, by replica
         self.running: dict[Key, asyncio.Task[None]] = {}
         self.sealing: set[Key] = set()
         self.without_engine: set[Key] = set()  # ended, but not given back before the engine is there again
+        self.without_upstream: set[Key] = set()  # ended, but not given back before its upstream has had some time
         self.stopping = False
         self.wake: asyncio.Event | None = None
 
@@ -89,7 +99,8 @@ class RolloutWorker:
         pause = POLL_S[0]
         while not self.stopping and not self.runner.worn(WORN_THREADS):
             self.wake.clear()
-            free = 0 if self.without_engine else self.config.workers.rollouts_each - len(self.running)
+            working = len(self.running) - len(self.without_upstream)
+            free = 0 if self.without_engine else max(0, self.config.workers.rollouts_each - working)
             leases: list[Lease] = await self.store.lease.remote(self.name, free) if free else []
             for lease in leases:
                 self._begin(lease)
@@ -121,25 +132,32 @@ class RolloutWorker:
 
     async def _attempt(self, lease: Lease) -> None:
         rollout, key = lease.rollout, (lease.rollout.rollout_id, lease.attempt)
-        endpoint, sources, started = self._endpoint(lease), self.sources, time.time()
+        source = min(self.replicas, key=lambda replica: self.at[replica])
+        endpoint, started = self._endpoint(lease, self.replicas[source]), time.time()
         recorder = Recorder(*key, self.name)
+        self.at[source] += 1
         try:
-            ended = await self.runner.run(rollout.input, endpoint, recorder)
+            run = self.runner.ask if rollout.mode == "ask" else self.runner.run
+            ended = await run(rollout.input, endpoint, recorder)
         finally:  # also when the lease was lost: the key ends, what is in flight is aborted
+            self.at[source] -= 1
             closing = asyncio.ensure_future(self.closer.close(key))
         closed: Closed = {}
         try:
             closed = await closing
-            self.sources = frozenset(closed)
             for span in (span for of in closed.values() for span in of["spans"]):
                 recorder("spans", span)
-            check_engine(ended, sources, closed, endpoint)
+            by_http = [sent for of in closed.values() for sent in of["rewards"]]
+            for sent in sorted(by_http, key=lambda sent: sent["time"]):
+                recorder("rewards", sent)
+            check_engine(ended, source, closed, endpoint)
             outcome, error, verdict = await self._judge(lease, ended, closed, recorder)
         except EngineLost as lost:
-            outcome, error, verdict = "engine_lost", f"{lost}\n{ended.error}", None
-            await self._wait_for_engine(lease)
+            outcome, error, verdict = lost.outcome, f"{lost}\n{ended.error}", None
+            await self._hold(lease, lost)
         recorder.close()
-        reward = None if outcome in INFRASTRUCTURE else verdict.value if verdict else self.config.grader.failed_reward
+        failed = self.config.grader.failed_reward
+        reward = verdict.value if verdict else None if outcome in INFRASTRUCTURE or rollout.mode == "ask" else failed
         calls = {source: of["calls"] for source, of in closed.items() if of["calls"]}
         seal = Seal(*key, self.name, outcome, reward, calls, error=error[-TEXT:], started=started, finished=time.time())
         batches = {}
@@ -150,11 +168,14 @@ class RolloutWorker:
         self.sealing.add(key)
         await self.store.seal.remote(seal, batches)
 
-    def _endpoint(self, lease: Lease) -> ModelEndpoint:
+    def _endpoint(self, lease: Lease, url: str) -> ModelEndpoint:
         rollout = lease.rollout
         expires = time.time() + self.config.agent.timeout_s + KEY_MARGIN_S
-        key = mint_key(self.secret, rollout.rollout_id, lease.attempt, rollout.mode, expires)
-        return ModelEndpoint(f"{self.engine.base_url}/a/{key}/v1", key)
+        sampling = "eval" if rollout.mode in OWN_SAMPLING else rollout.mode
+        key = mint_key(self.secret, rollout.rollout_id, lease.attempt, sampling, expires)
+        prompts = {name: prompt["text"] for name, prompt in rollout.prompts.items()}
+        endpoint = ModelEndpoint(f"{url}/a/{key}/v1", key, prompts=prompts)
+        return endpoint.agent(OPTIMISER) if rollout.mode == "ask" else endpoint
 
     async def _judge(
         self, lease: Lease, ended: Ended, closed: Closed, recorder: Recorder
@@ -173,6 +194,8 @@ class RolloutWorker:
         except (TypeError, ValueError) as error:
             return "agent_error", f"the agent returned what is no JSON value or finite reward: {error}", None
         recorder.note("output", value=output)
+        if lease.rollout.mode == "ask":
+            return SUCCEEDED, "", None
         if self.grader:
             try:
                 verdict = await self._grade(self.grader, lease, output)
@@ -200,21 +223,27 @@ class RolloutWorker:
                 "event loop that all of them share: await, or make it sync"
             ) from None
 
-    async def _wait_for_engine(self, lease: Lease) -> None:
-        """Hold the lease until the engine is there again: retried sooner, the rollout would use up its attempts at once.
+    async def _hold(self, lease: Lease, lost: EngineLost) -> None:
+        """Hold the lease for a while: retried at once, the rollout would soon have used up its attempts. Each waits longer than
+        the one before, since an engine that broke a call may still look well.
 
-        An engine that broke a call may still look well for a while: each attempt waits longer than the one before.
+        Without the engine, which all rollouts need, the worker leases no more until it is there again. Without an upstream,
+        which others may not need, it goes on, and what it holds takes nobody's place.
         """
         tries = lease.failures + 1
         if tries >= self.config.workers.max_attempts:
             return
-        key = (lease.rollout.rollout_id, lease.attempt)
-        self.without_engine.add(key)
+        key, by_upstream = (lease.rollout.rollout_id, lease.attempt), isinstance(lost, UpstreamLost)
+        held = self.without_upstream if by_upstream else self.without_engine
+        held.add(key)
+        if self.wake:
+            self.wake.set()
         try:
             await asyncio.sleep(ENGINE_PAUSE_S * tries**2)
-            await self._engine_is_back()
+            if not by_upstream:
+                await self._engine_is_back()
         finally:
-            self.without_engine.discard(key)
+            held.discard(key)
 
     async def _engine_is_back(self) -> None:
         while True:
@@ -226,13 +255,14 @@ class RolloutWorker:
             await asyncio.sleep(1)
 
     async def _look_at_engine(self) -> bool:
-        """Note which replicas there are; whether one of them serves. Raises EngineLost."""
+        """Whether a replica serves; where some do, note which. Raises EngineLost."""
         try:
             replicas = await asyncio.to_thread(self.engine.status)
-        except EngineUnavailable as error:
+        except EngineError as error:
             raise EngineLost(f"the engine does not answer: {error}") from error
-        self.sources = frozenset(str(replica["source"]) for replica in replicas)
-        return any(replica["version"] >= 0 for replica in replicas)
+        serving = {replica["source"]: replica["url"] for replica in replicas if replica["version"] >= 0}
+        self.replicas = serving or self.replicas
+        return bool(serving)
 
     async def _watch_engine(self) -> None:
         while True:
@@ -252,14 +282,19 @@ class RolloutWorker:
             await asyncio.sleep(self.config.workers.lease_s / 4)
 
 
-def check_engine(ended: Ended, before: frozenset[str], closed: Closed, endpoint: ModelEndpoint) -> None:
-    """Raises EngineLost where a replica went away during the attempt, or the agent failed by the engine's failing.
+def check_engine(ended: Ended, source: str, closed: Closed, endpoint: ModelEndpoint) -> None:
+    """Raises EngineLost where the attempt's replica, `source`, went away, or the agent failed by the engine's failing.
 
     Whether the agent got over the first does not matter: what it met was not its doing. Of a process no exception is to be
     had: it failed by the engine's failing where it failed after a call that the engine did not serve.
+
+    Raises UpstreamLost where an upstream failed the attempt: got over or not, what a judge did not say is in the reward.
     """
-    if gone := before - set(closed):
-        raise EngineLost(f"engine replica {', '.join(sorted(gone))} went away during the attempt")
+    if source not in closed:
+        raise EngineLost(f"engine replica {source} went away during the attempt")
+    for name, also in (("upstream_failed", True), ("upstream_waited", ended.how == "timeout")):
+        if also and (why := next((of[name] for of in closed.values() if of[name]), "")):
+            raise UpstreamLost(why)
     unserved = any(of["failed"] for of in closed.values())
     did_nothing = not any(of["calls"] for of in closed.values())
     if engine_failed(ended.exception, endpoint.anthropic_base_url) or (
@@ -288,7 +323,7 @@ class Closer:
             batch, self.waiting = self.waiting, {}
             try:
                 closed = await asyncio.to_thread(self.engine.close_attempts, list(batch))
-            except EngineUnavailable as error:
+            except EngineError as error:
                 failed = EngineLost(f"the engine does not answer: {error}")
                 for future in batch.values():
                     if not future.done():
@@ -299,28 +334,10 @@ class Closer:
                     future.set_result(closed[key])
 
 
-def localised(config: Config, root: str) -> Config:
-    """The config with the paths of this node, where the driver's folder `root` is a copy of this process's own."""
-    here, path = working_folder(), Path(config.path)
-    if root and not path.exists() and path.is_relative_to(root) and (here / path.relative_to(root)).exists():
-        config.path = str(here / path.relative_to(root))
-    return config
-
-
-def working_folder() -> Path:
-    """Where this process works. Two raylets on one machine share the copy of the job's files, and the second makes it anew:
-    this process then works in a folder that is gone, and goes into the new one."""
-    try:
-        return Path.cwd()
-    except FileNotFoundError:
-        os.chdir(os.environ["PWD"])
-        return Path.cwd()
-
-
 def make_worker(config: Config, store: Any, engine: Any, secret: str, name: str) -> Any:
     """A RolloutWorker actor, spread over the nodes; it dies with the driver."""
     return (
         ray.remote(RolloutWorker)
         .options(num_cpus=config.workers.cpus, scheduling_strategy="SPREAD", max_restarts=0)
-        .remote(config.model_dump_json(by_alias=True), store, engine, secret, name, str(working_folder()))
+        .remote(config, store, engine, secret, name, str(working_folder()))
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from raygent.actors.segments import KINDS, RECORDS, STATE, Contents, Rolled, StoreDamaged, read_log, read_rolled
-from raygent.actors.store_tables import StepKey, check_files, read_records, read_states
+from raygent.actors.store_tables import StepKey, check_files, read_records, read_states, with_texts
 from raygent.records import ENDED, SCHEMAS, to_batch, utf8
 
 AttemptKey = tuple[str, int]  # rollout id, number
@@ -43,6 +43,7 @@ class RolloutState:
     ended: float | None = None
     input: str | None = None  # JSON; None: only in Parquet
     private: str | None = None
+    prompts: str | None = None
     first_attempt: int = 1  # attempts below it are from before a rewind and can't win
     failures: int = 0  # attempts since then that failed for infrastructure's sake
 
@@ -218,6 +219,39 @@ def read_store(directory: Path) -> tuple[State, list[Contents], Rolled]:
                 table = KINDS[frame.kind]
                 _hold_replayed(state, table, pa.ipc.read_record_batch(frame.payload, SCHEMAS[table]))
     return state, contents, rolled
+
+
+def reader_of_winners(
+    directory: Path, state: State, rolled: Rolled, key: StepKey, spans: bool = False
+) -> Callable[[], dict[str, pa.Table]]:
+    """What reads the ended rollouts of step `key`, and of their winning attempts the attempts, calls, rewards and, where asked for,
+    `spans`, as they stand now; it may be called later and in another thread.
+
+    Records are ordered by rollout and sequence. Dropped and lost rollouts have a row in "rollouts" and nothing else.
+    """
+    rollouts = state.steps.get(key, {}).values()
+    ended = pa.array([rollout.status in ENDED for rollout in rollouts], pa.bool_())
+    winners = {(one.rollout_id, one.winning_attempt) for one in rollouts if one.status in ("succeeded", "failed")}
+    won = [state.attempts[winner] for winner in sorted(winners)]
+    attempts = pa.Table.from_batches([to_batch(SCHEMAS["attempts"], [attempt_row(attempt) for attempt in won])])
+    states = {"rollouts": state.rows("rollouts", key).filter(ended), "attempts": attempts}
+    wanted = ("calls", "rewards", *["spans"] * spans)
+    held = {table: [batch for attempt in won for batch in attempt.held[table]] for table in wanted}
+    expected = {table: sum(getattr(attempt, table) for attempt in won) for table in held}
+
+    def read() -> dict[str, pa.Table]:
+        tables = {table: with_texts(directory, table, key, rows) for table, rows in states.items()}
+        for table, batches in held.items():
+            rows = pa.Table.from_batches(batches, SCHEMAS[table])
+            if len(rows) < expected[table]:
+                rows = pa.concat_tables([rows, read_records(directory, table, rolled, key, winners)])
+            if len(rows) != expected[table]:
+                what = f"{len(rows)} rows of the winners of {key[0]} step {key[1]}, not {expected[table]}"
+                raise StoreDamaged(str(directory / table), 0, what)
+            tables[table] = rows.combine_chunks().sort_by([("rollout_id", "ascending"), ("sequence", "ascending")])
+        return tables
+
+    return read
 
 
 def _hold_replayed(state: State, table: str, batch: pa.RecordBatch) -> None:

@@ -21,11 +21,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raygent.actors.segments import SHARD, Rolled, StoreDamaged, sync_folder, write_atomically
-from raygent.records import SCHEMAS
+from raygent.records import SCHEMAS, UPSTREAM
 
 StepKey = tuple[str, int]  # mode, step
 
-TEXTS = {"rollouts": ("input", "private"), "attempts": ("error",)}  # not kept in memory once they are in Parquet
+TEXTS = {
+    "rollouts": ("input", "private", "prompts"),
+    "attempts": ("error",),
+}  # not kept in memory once they are in Parquet
 
 _TAIL = 8  # the footer's length (4 bytes) and the closing magic
 _CRC = 4
@@ -68,7 +71,10 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> pa.Table:
     pages, crc, rest = raw.slice(0, footer - _CRC), raw.slice(footer - _CRC, _CRC), raw.slice(footer)
     if zlib.crc32(rest, zlib.crc32(pages)) != int.from_bytes(crc, "little"):
         raise StoreDamaged(str(path), 0, "its bytes do not match their checksum")
-    return pq.read_table(pa.BufferReader(raw), columns=columns)
+    file = pq.ParquetFile(pa.BufferReader(raw))
+    if missing := sorted(set(columns or ()) - set(file.schema_arrow.names)):
+        raise StoreDamaged(str(path), 0, f"it has no column {missing[0]}: another version of raygent wrote it")
+    return file.read(columns)
 
 
 def _footer(raw: pa.Buffer) -> int:
@@ -128,6 +134,18 @@ def read_records(
         pairs = zip(rows["rollout_id"].to_pylist(), rows["attempt"].to_pylist(), strict=True)
         found.append(rows.filter(pa.array([pair in attempts for pair in pairs], pa.bool_())).select(names))
     return pa.concat_tables(found)
+
+
+def sum_costs(directory: Path, rolled: Rolled, held: list[pa.RecordBatch]) -> dict[str, dict[str, float]]:
+    """Dollars that the calls in committed files and those `held` have cost: by upstream, by the source that recorded them."""
+    names = ["policy", "source", "cost"]
+    parts = [read_parquet(path, names) for path in record_files(directory, "calls", rolled)]
+    calls = pa.concat_tables([pa.Table.from_batches(held, SCHEMAS["calls"]).select(names), *parts])
+    calls = calls.filter(pc.starts_with(calls["policy"], UPSTREAM))
+    costs: dict[str, dict[str, float]] = {}
+    for row in calls.group_by(["policy", "source"]).aggregate([("cost", "sum")]).to_pylist():
+        costs.setdefault(row["policy"].removeprefix(UPSTREAM), {})[row["source"]] = row["cost_sum"]
+    return costs
 
 
 def check_files(directory: Path, rolled: Rolled) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,56 +19,81 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from raygent.agent import ModelEndpoint
+from raygent.callables import ModelEndpoint
 from raygent.config import Config
 from raygent.emit import EVENTS_FILE
+from raygent.prompts import PROMPTS_VARIABLE
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
 OURS = ("RAY_", "RAYGENT_", "SERVE_", "VLLM_", "WANDB_")  # variables that no agent's process is to see
+SET_BY_RAY = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")  # in a worker that has started
+JOB_COPIES = "working_dir_files"  # Ray's folder of the copies that jobs get of their --working-dir
 KEPT_BYTES = 1 << 20  # of stdout and of stderr each, from the end
 TASK_BYTES = (128 << 10) - len("RAYGENT_TASK=") - 1  # Linux starts no process with a longer variable
+PROMPTS_BYTES = (128 << 10) - len(f"{PROMPTS_VARIABLE}=") - 1
 EVENTS_BYTES = 16 << 20  # of emitted rewards and spans
 
 
 @dataclass(frozen=True)
 class CommandEnd:
-    """How an agent's process ended: exit code (128 + n after signal n), the ends of its outputs, what it emitted."""
+    """How an agent's process ended: exit code (128 + n after signal n), the ends of its outputs, what it emitted, and
+    which of its limits it was killed for."""
 
     code: int
     stdout: str
     stderr: str
     events: list[dict[str, Any]]  # "table": "rewards" | "spans" | "result", and the record's own fields
+    over: str = ""  # "over_memory FOUND" (MiB), "over_processes FOUND"
 
 
 class Supervised:
-    """A command under its supervisor: `stop()`, or the death of this process, kills all that it started.
+    """A command under its supervisor: `stop()`, the death of this process, or more than `memory_mb` MiB or `processes`
+    processes (0: no limit) kill all that it started.
 
-    `start` raises OSError where no process can be started.
+    Raises OSError where no process can be started.
     """
 
-    def __init__(self, command: list[str], cwd: Path, environment: dict[str, str], **streams: Any) -> None:
-        life, self._hold = os.pipe()
+    def __init__(
+        self,
+        command: list[str],
+        cwd: Path,
+        environment: dict[str, str],
+        memory_mb: int = 0,
+        processes: int = 0,
+        **streams: Any,
+    ) -> None:
+        self._hold, life = socket.socketpair()
+        limits = [str(memory_mb), str(processes)]
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(SUPERVISOR), str(life), *command],
+                [sys.executable, "-I", "-S", str(SUPERVISOR), str(life.fileno()), *limits, *command],
                 cwd=cwd,
                 env=environment,
-                pass_fds=[life],
+                pass_fds=[life.fileno()],
                 **streams,
             )
         except OSError:
-            os.close(self._hold)
+            self._hold.close()
             raise
         finally:
-            os.close(life)
+            life.close()
         self._lock = threading.Lock()
 
     def stop(self) -> None:
         """Have everything killed; returns at once, may be called again and from any thread."""
         with self._lock:
-            if self._hold >= 0:
-                os.close(self._hold)
-                self._hold = -1
+            self._hold.close()
+
+    def over(self) -> str:
+        """Of an ended command that was not stopped: the limit it was killed for (CommandEnd.over)."""
+        with self._lock:
+            if self._hold.fileno() < 0:
+                return ""
+            self._hold.setblocking(False)
+            try:
+                return self._hold.recv(100).decode()
+            except BlockingIOError:  # its first supervisor was killed, and the second is still at work
+                return ""
 
 
 def command_of(config: Config) -> list[str]:
@@ -78,8 +104,19 @@ def command_of(config: Config) -> list[str]:
 
 
 def scrubbed_environment() -> dict[str, str]:
-    """This process's environment without what is ours: Ray's, raygent's, W&B's."""
-    return {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    """This process's environment without what is ours: Ray's, raygent's, W&B's. What Ray has put in another value's place is
+    as it was: those of SET_BY_RAY as this process was started with, PYTHONPATH without a job's working_dir."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+    started_with = dict(
+        line.split("=", 1) for line in os.fsdecode(Path("/proc/self/environ").read_bytes()).split("\0") if "=" in line
+    )
+    for name in SET_BY_RAY:
+        kept.pop(name, None)
+        if name in started_with:
+            kept[name] = started_with[name]
+    kept.pop("SPT_NOENV", None)  # has setproctitle leave /proc/self/environ alone
+    paths = [path for path in kept.pop("PYTHONPATH", "").split(os.pathsep) if JOB_COPIES not in Path(path).parts]
+    return kept | ({"PYTHONPATH": os.pathsep.join(paths)} if any(paths) else {})
 
 
 def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, events: str) -> dict[str, str]:
@@ -90,11 +127,14 @@ def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, 
         "ANTHROPIC_API_KEY": endpoint.api_key,
         "RAYGENT_MODEL": endpoint.model,
         "RAYGENT_TASK": task_variable(task_input),
+        PROMPTS_VARIABLE: prompts_variable(endpoint.prompts),
         EVENTS_FILE: events,
+        "RAYGENT_REWARD_URL": f"{endpoint.anthropic_base_url}/v1/rewards",
     }
     if config.agent.run is not None:
         added["RAYGENT_AGENT"] = config.agent.run
-    kept = scrubbed_environment()
+    keys = {upstream.api_key_env for upstream in config.upstream.values()}
+    kept = {name: value for name, value in scrubbed_environment().items() if name not in keys}
     if (
         not {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"} & kept.keys()
     ):  # else the user's own collector gets them
@@ -105,6 +145,10 @@ def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, 
 
 def task_variable(task_input: Any) -> str:
     return json.dumps(task_input, ensure_ascii=False)
+
+
+def prompts_variable(texts: dict[str, str]) -> str:
+    return json.dumps(texts, ensure_ascii=False)
 
 
 def run_command(
@@ -119,6 +163,8 @@ def run_command(
             command_of(config),
             config.folder,
             agent_environment(config, task_input, endpoint, events.name),
+            config.agent.memory_mb or 0,
+            config.agent.processes or 0,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -135,10 +181,11 @@ def run_command(
         code = process.wait()
         for reader in readers:
             reader.join()
+        over = supervised.over()
         supervised.stop()
         written = Path(events.name).read_bytes()
     texts = {name: end.decode(errors="replace") for name, end in ends.items()}
-    return CommandEnd(code, texts["stdout"], texts["stderr"], read_events(written))
+    return CommandEnd(code, texts["stdout"], texts["stderr"], read_events(written), over)
 
 
 def kept_of(stream: IO[bytes]) -> bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,11 +25,14 @@ GLOO_TIMEOUT = timedelta(seconds=120)
 
 class EngineUpdates(Protocol):
     """What a push asks of the engines (EngineHandle): each method reaches every replica, and raises EngineUnavailable where
-    one does not answer. The push has broken off then: replicas it had reached stay paused until it is made again."""
+    one does not answer, EngineFailed where one refuses what it is given. The push has broken off then: replicas it had
+    reached stay paused until it is made again."""
 
     def begin_update(self, version: int) -> list[dict[str, Any]]: ...
 
     def weights(self, step: str, payload: dict[str, Any] | list[dict[str, Any]]) -> None: ...
+
+    def load_adapters(self, adapters: dict[str, dict[str, bytes]]) -> None: ...
 
     def finish_update(self, version: int) -> None: ...
 
@@ -45,18 +48,21 @@ class Bucket:
     gloo: dict[str, Any] | None = None  # host, port, size
 
 
-def full_parameters(model: torch.nn.Module, zero_stage: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """The model's parameters whole, one at a time, in the order of `named_parameters()`.
+Named = Iterable[tuple[str, torch.nn.Parameter]]
+
+
+def full_parameters(named: Named, zero_stage: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters whole, one at a time, in their order.
 
     Under ZeRO-3 each is gathered from all ranks (a collective: every rank iterates), and freed when the next is asked for.
     """
     if zero_stage < 3:
-        for name, parameter in model.named_parameters():
+        for name, parameter in named:
             yield name, parameter.detach()
         return
     from deepspeed import zero
 
-    for name, parameter in model.named_parameters():
+    for name, parameter in named:
         with zero.GatheredParameters([parameter]):
             yield name, parameter.detach()
 
@@ -82,7 +88,7 @@ def push_cpu(
 
     Returns {"push_bytes", "push_seconds"} (0 on other ranks). Raises ValueError where the engines run another model.
     """
-    parameters = full_parameters(model, zero_stage)
+    parameters = full_parameters(model.named_parameters(), zero_stage)
     started = time.monotonic()
     try:
         sent = _send(model, buckets(parameters), engine, version, force_gloo) if rank == 0 else 0
@@ -160,7 +166,7 @@ def push_nccl(
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-    parameters = full_parameters(model, zero_stage)
+    parameters = full_parameters(model.named_parameters(), zero_stage)
 
     class Source(WeightSource):
         def metadata(self) -> list[ParamMeta]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -11,15 +12,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raygent.algorithms import grpo
-from raygent.algorithms.trajectory import Trajectory, build, paths
-from raygent.config import Config
-from raygent.records import Sample
+from raygent.algorithms.episodes import Episodes, estimate
+from raygent.algorithms.shaping import overlong_penalty
+from raygent.algorithms.trajectory import Node, Trajectory, build, paths
+from raygent.config import ADVANTAGES, Config
+from raygent.records import UPSTREAM, Sample
 
 LISTS = ["prompt_token_ids", "response_token_ids", "logprobs", "policy_versions"]
 PLAIN = ["rollout_id", "sequence", "agent", "temperature", "trainable", "own_tokens"]
+REPEATED = 4  # tokens of a run that counts as repeated
 MOST_AGENTS = 50  # that the metrics tell of one by one
 Row = dict[str, Any]
+Measure = Callable[[str, list[Sample]], list[np.ndarray]]
 
 
 @dataclass
@@ -29,56 +33,163 @@ class Entry:
     rollout: Row
     trajectory: Trajectory | None
     reward: float
-    advantage: float = 0.0
-    flat: bool = True  # its group has no signal: all rewards alike, or nobody to compare with
+    turn_rewards: dict[int, float]  # by the call's sequence
+    # Float32, of each of the nodes' tokens, in the order of the calls:
+    measured: dict[str, np.ndarray] = field(default_factory=dict)  # "current", "reference", "values"
+    advantages: np.ndarray | None = None  # None: it is left out, as where its group has no signal
+    returns: np.ndarray | None = None  # what the critic has to learn
+
+    @property
+    def nodes(self) -> list[Node]:
+        """The calls that may be trained."""
+        return self.trajectory.trainable if self.trajectory else []
+
+    def length(self) -> int:
+        return sum(node.response_length for node in self.nodes)
 
 
-def make_samples(tables: dict[str, pa.Table], config: Config) -> tuple[list[Sample], dict[str, float]]:
+@dataclass
+class Draft:
+    """The samples of an entry, and which of its tokens each trains, in the order of both."""
+
+    entry: Entry
+    tokens: list[np.ndarray]
+    samples: list[Sample]
+
+    def fill(self) -> None:
+        """Hand the entry's advantages, and what its critic has to learn, to the samples."""
+        entry = self.entry
+        for sample, tokens in zip(self.samples, self.tokens, strict=True):
+            if entry.advantages is not None:
+                sample.advantages[sample.loss_mask] = entry.advantages[tokens]
+            if entry.returns is not None:
+                sample.values, sample.returns = np.zeros(len(sample), np.float32), np.zeros(len(sample), np.float32)
+                sample.values[sample.loss_mask] = entry.measured["values"][tokens]
+                sample.returns[sample.loss_mask] = entry.returns[tokens]
+
+
+def make_samples(
+    tables: dict[str, pa.Table], config: Config, greedy: pa.Table | None = None, measure: Measure | None = None
+) -> tuple[list[Sample], dict[str, float]]:
     """Trajectories, advantages once over the whole batch per (rollout, agent), then samples; with the batch's metrics.
 
-    tables: `rollouts`, `calls` and `rewards` of ended rollouts and their winning attempts. Every rollout with an outcome
-    takes part in its group's mean, also one whose agent failed; those lost to infrastructure do not. A group with fewer
-    than `algorithm.min_group` of them is dropped and counted. With `algorithm.drop_flat_groups` those without signal
-    are left out of the loss, and counted.
-
-    Weights: with R rollouts that are trained, each has the total weight 1/R, spread evenly over its trained tokens
-    (GRPO's own mean over sequences of the mean over tokens, with a rollout for a sequence), however many samples, turns
-    or agents it split into. So the sum over the batch of weight x masked tokens is 1.
+    tables: `rollouts`, `calls` and `rewards` of ended rollouts and their winning attempts. `greedy`: the rollouts of the
+    groups' greedy runs. `measure`: asked for each of `config.measures` what it is of samples, float32 [T] each. Every rollout
+    with an outcome takes part in its group's mean, also one whose agent failed; those lost to infrastructure do not. Where the
+    algorithm compares groups, one with fewer than `algorithm.min_group` of them is dropped and counted, and with
+    `algorithm.drop_flat_groups` those without signal are left out of the loss, and counted.
     """
-    rollouts = [row for row in tables["rollouts"].to_pylist() if row["status"] in ("succeeded", "failed")]
-    sizes = Counter(row["group_id"] for row in rollouts)
-    small = {group for group, size in sizes.items() if size < config.algorithm.min_group}
-    valid = [row for row in rollouts if row["group_id"] not in small]
-
-    calls = _calls(tables["calls"])
-    own_rewards = _agent_rewards(tables["rewards"])
-    entries: list[Entry] = []
-    for row in valid:
-        acted = [item for item in build(calls[row["rollout_id"]]) if config.agent.trains(item.agent)]
-        own = own_rewards if row["status"] == "succeeded" else {}  # a failed one has grader.failed_reward, all of it
-        for item in acted:
-            entries.append(Entry(row, item, own.get((row["rollout_id"], item.agent), row["reward"])))
-        if not acted:
-            entries.append(Entry(row, None, row["reward"]))
-    _compare(entries, config)
-
-    samples = [
-        sample
+    baselines = _baselines(greedy)
+    entries, sizes, small = _entries(tables, config, baselines)
+    rows = _compared(entries, config)
+    telling = {id(entry) for entry, _ in rows}
+    drafts = [
+        Draft(entry, trained_tokens(entry.trajectory), to_samples(entry.trajectory, entry.rollout["group_id"], 0.0))
         for entry in entries
-        if entry.trajectory and not (entry.flat and config.algorithm.drop_flat_groups)
-        for sample in to_samples(entry.trajectory, entry.rollout["group_id"], entry.advantage)
+        if entry.trajectory and (id(entry) in telling or not config.algorithm.drop_flat_groups)
     ]
-    weigh(samples)
-    with_signal = {entry.rollout["group_id"] for entry in entries if not entry.flat}
+    if whole := [sample for draft in drafts for sample in draft.samples]:
+        for what in config.measures:
+            assert measure
+            _keep(what, drafts, measure(what, whole))
+    _compare(rows, baselines, config)
+
+    kept = [draft for draft in drafts if draft.entry.advantages is not None or not config.algorithm.drop_flat_groups]
+    for draft in kept:
+        draft.fill()
+    samples = [sample for draft in kept for sample in draft.samples]
+    weigh(samples, config)
+    with_signal = {entry.rollout["group_id"] for entry in entries if entry.advantages is not None}
+    valid = list({entry.rollout["rollout_id"]: entry.rollout for entry in entries}.values())
     return samples, _metrics(tables, valid, entries, samples) | {
         "groups": float(len(sizes)),
         "groups_dropped": float(len(small)),
-        "groups_flat": float(len(set(sizes) - small - with_signal)),
+        "groups_flat": float(len(sizes.keys() - small - with_signal)),
     }
 
 
-def _compare(entries: list[Entry], config: Config) -> None:
-    """Set advantages: the rollouts of a group are compared agent by agent.
+def _keep(what: str, drafts: list[Draft], measured: list[np.ndarray]) -> None:
+    """Note what was measured of the samples, in the order of `drafts`, with the tokens of their entries."""
+    left = iter(measured)
+    for draft in drafts:
+        values = draft.entry.measured[what] = np.zeros(draft.entry.length(), np.float32)
+        for sample, tokens in zip(draft.samples, draft.tokens, strict=True):
+            values[tokens] = next(left)[sample.loss_mask]
+
+
+def lacking_groups(tables: dict[str, pa.Table], config: Config) -> int:
+    """How many more groups with signal a step of `algorithm.tasks_per_step` wants."""
+    entries, *_ = _entries(tables, config, {})
+    telling = {group for (group, _), members in _pools(entries).items() if _tells(members, config)}
+    return max(0, config.algorithm.tasks_per_step - len(telling))
+
+
+def _entries(
+    tables: dict[str, pa.Table], config: Config, baselines: dict[str, float]
+) -> tuple[list[Entry], Counter[str], set[str]]:
+    """What was done in the groups that are kept; the size of every group; and those that are too small."""
+    rollouts = [row for row in tables["rollouts"].to_pylist() if row["status"] in ("succeeded", "failed")]
+    sizes = Counter(row["group_id"] for row in rollouts)
+    least = config.algorithm.min_group if _compares_groups(config) else 1
+    greedy = config.named_algorithm.needs_greedy
+    small = {group for group, size in sizes.items() if size < least or (greedy and group not in baselines)}
+    calls = _calls(tables["calls"])
+    of_agents, of_turns = _agent_rewards(tables["rewards"]), _turn_rewards(tables["rewards"], calls)
+    entries: list[Entry] = []
+    for row in (row for row in rollouts if row["group_id"] not in small):
+        name, succeeded = row["rollout_id"], row["status"] == "succeeded"
+        acted = [item for item in build(calls[name]) if config.trains(item.agent)]
+        for item in acted:  # a failed rollout has grader.failed_reward, all of it
+            reward = of_agents.get((name, item.agent), row["reward"]) if succeeded else row["reward"]
+            entries.append(Entry(row, item, reward, of_turns.get(name, {}) if succeeded else {}))
+        if not acted:
+            entries.append(Entry(row, None, row["reward"], {}))
+    for entry in entries:
+        entry.reward += overlong_penalty(entry.length(), config.algorithm)
+    return entries, sizes, small
+
+
+def _compared(entries: list[Entry], config: Config) -> list[tuple[Entry, str]]:
+    """Those that tell something, each with the name of what it is compared within."""
+    pools = _pools(entries)
+    if _compares_groups(config):
+        pools = {name: members for name, members in pools.items() if _tells(members, config)}
+    return [(entry, f"{group}/{agent}") for (group, agent), members in pools.items() for entry in members]
+
+
+def _compare(rows: list[tuple[Entry, str]], baselines: dict[str, float], config: Config) -> None:
+    """Set the advantages, and what the critic has to learn. Those of a row that the algorithm leaves out, all nan, stay None."""
+    algorithm, settings = config.named_algorithm, config.algorithm
+    if not any(entry.length() for entry, _ in rows):
+        return
+    episodes = to_episodes(rows, baselines, config)
+    found = (
+        estimate(settings.advantage, episodes, settings)
+        if settings.advantage
+        else algorithm.advantages(episodes, settings)
+    )
+    returns = algorithm.returns(episodes, settings) if algorithm.returns else np.zeros_like(found)
+    left_out = np.isnan(found).all(-1)
+    kept = episodes.mask & ~left_out[:, None] if found.shape == episodes.mask.shape else episodes.mask
+    for what, values in (("advantages", found), ("returns", returns)):
+        if values.shape != episodes.mask.shape or not np.isfinite(values[kept]).all():
+            raise ValueError(
+                f"algorithm.name: the {what} of {settings.name} are {values.dtype} {list(values.shape)}; they must be "
+                f"{list(episodes.mask.shape)} and finite but for rows that are left out, all nan"
+            )
+    for row, (entry, _) in enumerate(rows):
+        if not left_out[row]:
+            entry.advantages = found[row, : entry.length()].astype(np.float32)
+            entry.returns = returns[row, : entry.length()].astype(np.float32) if algorithm.returns else None
+
+
+def _compares_groups(config: Config) -> bool:
+    advantage = config.algorithm.advantage
+    return ADVANTAGES[advantage] if advantage else config.named_algorithm.compares_groups
+
+
+def _pools(entries: list[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    """Who is compared with whom: the rollouts of a group, agent by agent.
 
     A rollout in which no trained agent acted got its reward all the same: it counts in the comparison of every agent.
     """
@@ -86,32 +197,62 @@ def _compare(entries: list[Entry], config: Config) -> None:
     for entry in entries:
         if entry.trajectory:
             acting[entry.rollout["group_id"]].add(entry.trajectory.agent)
-    groups: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    pools: dict[tuple[str, str], list[Entry]] = defaultdict(list)
     for entry in entries:
         group = entry.rollout["group_id"]
-        for agent in [entry.trajectory.agent] if entry.trajectory else acting[group]:
-            groups[group, agent].append(entry)
-
-    telling = [members for members in groups.values() if len({entry.reward for entry in members}) > 1]
-    if not telling:
-        return
-    compared = [entry for members in telling for entry in members]
-    names = [str(number) for number, members in enumerate(telling) for _ in members]
-    found = grpo.advantages(np.array([entry.reward for entry in compared]), names, config.algorithm.normalise_std)
-    for entry, advantage in zip(compared, found.tolist(), strict=True):
-        entry.advantage, entry.flat = advantage, False
+        for agent in [entry.trajectory.agent] if entry.trajectory else sorted(acting[group]):
+            pools[group, agent].append(entry)
+    return pools
 
 
-def to_samples(trajectory: Trajectory, group_id: str, advantage: float) -> list[Sample]:
+def _tells(members: list[Entry], config: Config) -> bool:
+    """Whether the members of a group got different rewards; with the KL in them that is not seen yet."""
+    if config.algorithm.kl and config.algorithm.kl_in == "reward":
+        return True
+    if config.algorithm.credit == "turn":
+        return len({(entry.reward, *sorted(entry.turn_rewards.items())) for entry in members}) > 1
+    return len({entry.reward for entry in members}) > 1
+
+
+def to_episodes(rows: list[tuple[Entry, str]], baselines: dict[str, float], config: Config) -> Episodes:
+    """The table of `rows`, each an entry and what it is compared within."""
+    longest = max(1, *(entry.length() for entry, _ in rows))
+    rewards, mask = np.full((len(rows), longest), np.nan), np.zeros((len(rows), longest), bool)
+    turns = np.full((len(rows), longest), -1, np.int32)
+    for row, (entry, _) in enumerate(rows):
+        end = 0
+        for turn, node in enumerate(entry.nodes):
+            start, end = end, end + node.response_length
+            mask[row, start:end], turns[row, start:end] = True, turn
+            if config.algorithm.credit == "turn" and node.call["sequence"] in entry.turn_rewards:
+                rewards[row, end - 1] = entry.turn_rewards[node.call["sequence"]]
+        last = max(end - 1, 0)
+        rewards[row, last] = entry.reward + np.nan_to_num(rewards[row, last])
+    greedy = np.array([baselines.get(entry.rollout["group_id"], np.nan) for entry, _ in rows])
+    sampled = np.zeros(mask.shape, np.float32)
+    measured = {what: np.zeros(mask.shape, np.float32) for what in config.measures}
+    for row, (entry, _) in enumerate(rows):
+        if entry.length():
+            sampled[row, : entry.length()] = np.concatenate([node.call["logprobs"] for node in entry.nodes])
+            for what, table in measured.items():
+                table[row, : entry.length()] = entry.measured[what]
+    groups = np.array([name for _, name in rows], object)
+    return Episodes(rewards, mask, turns, groups, greedy, sampled, **measured)
+
+
+def to_samples(trajectory: Trajectory, group_id: str, advantages: np.ndarray | float) -> list[Sample]:
     """One sample a path, its mask on the sampled tokens that this path trains and that may be trained.
 
-    A path that trains nothing gives no sample. The weights are not set yet: see weigh().
+    `advantages`: of each such token, in the order of the calls, or of all of them. A path that trains nothing gives no
+    sample. The weights are not set yet: see weigh().
     """
+    every = np.broadcast_to(np.float32(advantages), sum(node.response_length for node in trajectory.trainable))
+    places = iter(trained_tokens(trajectory))
     samples = []
     for path in paths(trajectory):
         tokens = path[-1][0].tokens
         mask = np.zeros(len(tokens), bool)
-        logprobs = np.zeros(len(tokens), np.float32)
+        logprobs, gains = np.zeros(len(tokens), np.float32), np.zeros(len(tokens), np.float32)
         versions = np.zeros(len(tokens), np.int32)
         temperature = np.ones(len(tokens), np.float32)
         for node, trains in path:
@@ -122,19 +263,53 @@ def to_samples(trajectory: Trajectory, group_id: str, advantage: float) -> list[
                 versions[sampled] = node.call["policy_versions"]
                 temperature[sampled] = node.call["temperature"]
         if mask.any():
-            advantages = mask * np.float32(advantage)
+            gains[mask] = every[next(places)]
             rollout, agent = trajectory.rollout_id, trajectory.agent
-            samples.append(Sample(rollout, group_id, agent, tokens, mask, logprobs, advantages, versions, temperature))
+            samples.append(Sample(rollout, group_id, agent, tokens, mask, logprobs, gains, versions, temperature))
     return samples
 
 
-def weigh(samples: list[Sample]) -> None:
-    """Set each sample's weight so that every rollout has the same total, and the batch the total 1."""
-    tokens: Counter[str] = Counter()
+def trained_tokens(trajectory: Trajectory) -> list[np.ndarray]:
+    """Of each sample of to_samples() its masked tokens, by their number among all that may be trained, in the order of the calls."""
+    ends = np.cumsum([node.response_length for node in trajectory.trainable])
+    own = {
+        id(node): np.arange(end - node.response_length, end)
+        for node, end in zip(trajectory.trainable, ends, strict=True)
+    }
+    mine = [[own[id(node)] for node, trains in path if trains and id(node) in own] for path in paths(trajectory)]
+    return [np.concatenate(numbers) for numbers in mine if numbers]
+
+
+def weigh(samples: list[Sample], config: Config) -> None:
+    """Set each sample's weight a token, by `algorithm.aggregation`, and its share of the batch. With R rollouts:
+
+    - "rollout": each rollout counts the same, spread evenly over its tokens, however many samples, turns or agents it split
+      into (GRPO's own mean over sequences of the mean over tokens, with a rollout for a sequence);
+    - "token": each token counts the same;
+    - "constant": each token counts 1 / (R x `algorithm.horizon`), whatever the lengths.
+
+    The shares sum to 1 (with "constant" each policy's to the part of the rollouts that it acted in), and so do weight x masked
+    tokens but for "constant".
+    """
+    aggregation, tokens = config.algorithm.aggregation, Counter[tuple[str, str]]()
+
+    def whole_of(sample: Sample) -> tuple[str, str]:
+        """With "constant" a policy counts by the rollouts it acted in, however many tokens of them are its own."""
+        return sample.rollout_id, config.policy_of(sample.agent) if aggregation == "constant" else ""
+
     for sample in samples:
-        tokens[sample.rollout_id] += int(sample.loss_mask.sum())
+        tokens[whole_of(sample)] += int(sample.loss_mask.sum())
+    every, rollouts = tokens.total(), len({sample.rollout_id for sample in samples})
     for sample in samples:
-        sample.weight = 1.0 / (len(tokens) * tokens[sample.rollout_id])
+        mine, own = int(sample.loss_mask.sum()), tokens[whole_of(sample)]
+        if aggregation == "token":
+            sample.weight, sample.share = 1 / every, mine / every
+        else:
+            sample.weight, sample.share = 1 / rollouts / own, mine / rollouts / own
+        if aggregation == "constant":
+            horizon = config.algorithm.horizon or config.model.max_tokens
+            assert horizon  # Config sees to it
+            sample.weight = 1 / rollouts / horizon
 
 
 def _calls(table: pa.Table) -> dict[str, list[Row]]:
@@ -161,6 +336,26 @@ def _agent_rewards(rewards: pa.Table) -> dict[tuple[str, str], float]:
     return {(row["rollout_id"], row["agent"]): row["value"] for row in sorted(own, key=lambda row: row["sequence"])}
 
 
+def _turn_rewards(rewards: pa.Table, calls: dict[str, list[Row]]) -> dict[str, dict[int, float]]:
+    """Rewards given to one call, by rollout and the call's sequence: the last of each. One of a call that was never made counts
+    for nothing."""
+    rows = rewards.select(["rollout_id", "name", "agent", "value", "call_sequence", "sequence"]).to_pylist()
+    found: dict[str, dict[int, float]] = defaultdict(dict)
+    for row in sorted(rows, key=lambda row: row["sequence"]):
+        if row["name"] != "reward" or row["call_sequence"] < 0:
+            continue
+        made = sorted(call["sequence"] for call in calls[row["rollout_id"]] if row["agent"] in ("", call["agent"]))
+        if row["call_sequence"] < len(made):
+            found[row["rollout_id"]][made[row["call_sequence"]]] = row["value"]
+    return found
+
+
+def _baselines(greedy: pa.Table | None) -> dict[str, float]:
+    """By group, the reward of its greedy rollout."""
+    rows = greedy.to_pylist() if greedy is not None else []
+    return {row["group_id"]: row["reward"] for row in rows if row["status"] in ("succeeded", "failed")}
+
+
 def _metrics(
     tables: dict[str, pa.Table], valid: list[Row], entries: list[Entry], samples: list[Sample]
 ) -> dict[str, float]:
@@ -170,6 +365,7 @@ def _metrics(
     """
     rewards = [row["reward"] for row in valid]
     calls = tables["calls"]
+    sampled = calls.filter(pc.invert(pc.starts_with(calls["policy"], UPSTREAM)))
     turns = Counter(calls["rollout_id"].to_pylist())
     trajectories = [entry.trajectory for entry in entries if entry.trajectory]
     versions = [sample.policy_versions[sample.loss_mask] for sample in samples]
@@ -182,12 +378,16 @@ def _metrics(
         "rollouts_trained": float(len({sample.rollout_id for sample in samples})),
         "samples": float(len(samples)),
         "turns": _mean([turns[row["rollout_id"]] for row in valid]),
-        "prompt_length": _mean(pc.list_value_length(calls["prompt_token_ids"])),
-        "response_length": _mean(pc.list_value_length(calls["response_token_ids"])),
-        "tokens_sampled": float(len(calls["response_token_ids"].combine_chunks().flatten())),
+        "prompt_length": _mean(pc.list_value_length(sampled["prompt_token_ids"])),
+        "response_length": _mean(pc.list_value_length(sampled["response_token_ids"])),
+        "tokens_sampled": float(len(sampled["response_token_ids"].combine_chunks().flatten())),
         "tokens_trained": float(sum(map(len, versions))),
         "branches": float(sum(trajectory.branches for trajectory in trajectories)),
         "continued": float(sum(node.call["own_tokens"] > 0 for item in trajectories for node in item.nodes)),
+        "branch_rate": _mean([float(node.parent is None) for item in trajectories for node in item.nodes[1:]]),
+        "repetition": _mean(
+            [repetition(node.tokens[node.prompt_length :]) for item in trajectories for node in item.nodes]
+        ),
         "attempts_not_won": float(sum(row["attempts"] - 1 for row in valid)),
     }
     if versions:
@@ -204,7 +404,23 @@ def _metrics(
         by_agent[f"agents/{item.agent}/calls"] += len(item.nodes)
         by_agent[f"agents/{item.agent}/branches"] += item.branches
         by_agent[f"agents/{item.agent}/continued"] += sum(node.call["own_tokens"] > 0 for node in item.nodes)
-    return metrics | failures | {name: float(count) for name, count in by_agent.items()}
+    return metrics | failures | {name: float(count) for name, count in by_agent.items()} | _upstreams(calls)
+
+
+def repetition(tokens: np.ndarray) -> float:
+    """How many of the runs of REPEATED tokens have been there before, 0 to 1; 0 where there are too few tokens."""
+    if len(tokens) <= REPEATED:
+        return 0.0
+    runs = np.lib.stride_tricks.sliding_window_view(tokens, REPEATED)
+    return 1 - len(np.unique(runs, axis=0)) / len(runs)
+
+
+def _upstreams(calls: pa.Table) -> dict[str, float]:
+    """The calls that upstreams answered, and their cost in dollars."""
+    by_policy = calls.group_by("policy").aggregate([("cost", "count"), ("cost", "sum")]).to_pylist()
+    asked = [(row["policy"].partition(":")[2], row) for row in by_policy if row["policy"].startswith(UPSTREAM)]
+    counts = {f"upstream/{name}/calls": float(row["cost_count"]) for name, row in asked}
+    return counts | {f"upstream/{name}/cost": row["cost_sum"] for name, row in asked}
 
 
 def _mean(values: list[float] | pa.ChunkedArray) -> float:

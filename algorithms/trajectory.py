@@ -23,6 +23,10 @@ class Node:
     parent: Node | None
     children: list[Node] = field(default_factory=list)
 
+    @property
+    def response_length(self) -> int:
+        return len(self.tokens) - self.prompt_length
+
 
 @dataclass
 class Trajectory:
@@ -36,6 +40,11 @@ class Trajectory:
     def branches(self) -> int:
         """How many paths there are beyond the first: how often a call did not go on where the last one had ended."""
         return len(self.leaves()) - 1
+
+    @property
+    def trainable(self) -> list[Node]:
+        """Those whose tokens may be trained, in the order of the calls."""
+        return [node for node in self.nodes if node.call["trainable"]]
 
     def leaves(self) -> list[Node]:
         return [node for node in self.nodes if not node.children]

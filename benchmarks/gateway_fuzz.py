@@ -1,11 +1,12 @@
 """Ten thousand requests that are wrong in some way, against a real engine: what it answers, and what it costs in memory.
 
-    uv run python benchmarks/gateway_fuzz.py [REQUESTS] [SEED]
+    uv run python benchmarks/gateway_fuzz.py [REQUESTS] [SEED] [--save]
 
 The fuzzer is an agent like any other: it knows its base_url and key, and those of an attempt that has ended. Prints the
 answers by kind and status, and the replica's resident memory after a first fifth and at the end. Exit code 1 where an answer
 is a 5xx, an error is not in the vendor's shape, or the engine does not serve a right request afterwards.
-Needs examples/sql/model (`python examples/sql/prepare.py`).
+Needs examples/sql/model (`python examples/sql/prepare.py`). --save puts what was answered into
+benchmarks/results/gateway_fuzz.json.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import httpx
 
 PARALLEL = 16
+RESULTS = Path(__file__).resolve().parent / "results" / "gateway_fuzz.json"
 APIS = {
     "/chat/completions": {"model": "policy", "max_tokens": 2, "messages": [{"role": "user", "content": "how many ?"}]},
     "/completions": {"model": "policy", "max_tokens": 2, "prompt": "how many ?"},
@@ -47,30 +49,18 @@ VALUES = (
     "auto", "none", "required", "json_object", {"1": 5}, {"99999999": 5}, {"x": "y"},
 )  # fmt: skip
 
+REWARD = ("value", "name", "agent", "components", "call", "other")
+KINDS = {
+    "json": 2, "bytes": 1, "type": 4, "value": 2, "key": 1, "ended": 1, "path": 1, "huge": 1, "model": 1, "reward": 1
+}  # and how often  # fmt: skip
+
 
 def request(chance: random.Random, base_url: str, key: str, ended: str) -> tuple[str, str, dict[str, str], bytes]:
     """(what is wrong with it, URL, headers, body)"""
     path, right = chance.choice(list(APIS.items()))
     body, headers, url = dict(right), {"authorization": f"Bearer {key}"}, base_url + path
     root = base_url.partition("/a/")[0]
-    kind = chance.choice(
-        [
-            "json",
-            "json",
-            "bytes",
-            "type",
-            "type",
-            "type",
-            "type",
-            "value",
-            "value",
-            "key",
-            "ended",
-            "path",
-            "huge",
-            "model",
-        ]
-    )
+    kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
     text = json.dumps(body)
     if kind == "json":
         text = text[: chance.randrange(len(text))]
@@ -94,6 +84,9 @@ def request(chance: random.Random, base_url: str, key: str, ended: str) -> tuple
         text = json.dumps(
             body | {chance.choice(["messages", "prompt", "input"]): "how " * chance.choice([5_000, 50_000, 200_000])}
         )
+    elif kind == "reward":
+        reward = {"value": 0.5, "name": "odd"} | {chance.choice(REWARD): chance.choice(VALUES) for _ in range(2)}
+        return kind, base_url + "/rewards", headers, json.dumps(reward).encode("utf-8", "replace")
     elif kind == "model":
         text = json.dumps(body | {"model": chance.choice(["gpt-9", "", "a/b", "🙂", "x" * 10_000])})
     return kind, url, headers, text.encode("utf-8", "replace")
@@ -153,7 +146,7 @@ def agent(task: dict[str, Any], model: Any) -> dict[str, float]:
     return {"reward": float(not faults)}
 
 
-def main(requests: int, seed: int) -> int:
+def main(requests: int, seed: int, save: bool) -> int:
     from raygent.cluster.start import before_ray
 
     before_ray()
@@ -200,8 +193,12 @@ def main(requests: int, seed: int) -> int:
     )
     for wrong in faults[:40]:
         print(wrong)
+    if save:
+        figures = {"requests": sum(answers.values()), "faults": faults, "engine_mib": told, "answers": answers}
+        RESULTS.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
     return 1 if faults or len(rows) < rounds else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, [*sys.argv[1:], *["10000", "0"][len(sys.argv) - 1 :]])))
+    numbers = [int(word) for word in sys.argv[1:] if word != "--save"]
+    sys.exit(main(*numbers, *(10_000, 0)[len(numbers) :], save="--save" in sys.argv))

@@ -11,10 +11,15 @@ from typing import Any
 import pyarrow as pa
 
 from raygent.algorithms.bootstrap import mean_interval, paired_gain
+from raygent.cluster.alarms import SIGNS, SPAN, signs
 from raygent.config import Config
+from raygent.records import PROMPTS
 
 SHOWN = {
     "reward": "reward {:.3f}",
+    "unanswered": "{:.0f} requests unanswered",
+    "prompt_versions": "{:.0f} prompts",
+    "rollouts": "{:.0f} rollouts",
     "turns": "turns {:.2f}",
     "loss": "loss {:+.4f}",
     "entropy": "entropy {:.3f}",
@@ -35,6 +40,7 @@ class RunLog:
         self.lines = self.directory / "metrics.jsonl"
         self.evaluations = self.directory / "evaluations.jsonl"
         self.last = time.monotonic()
+        self.told: set[str] = set()  # alarms that stand
         self.wandb = self._start_wandb()
 
     def _start_wandb(self) -> Any:
@@ -75,13 +81,22 @@ class RunLog:
         """One driver step is done."""
         now = time.monotonic()
         seconds, self.last = now - self.last, now
-        metrics = metrics | {"seconds/step": seconds, "tokens_per_s": metrics.get("tokens_sampled", 0.0) / seconds}
+        metrics = metrics | {"seconds/step": seconds}
+        if "tokens_sampled" in metrics:
+            metrics["tokens_per_s"] = metrics["tokens_sampled"] / seconds
         with self.lines.open("a") as file:
             file.write(json.dumps({"step": step} | metrics) + "\n")
         shown = [form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics]
-        shown.append(f"{metrics['groups_flat']:.0f} of {metrics['groups']:.0f} groups without signal")
+        if "groups" in metrics:
+            shown.append(f"{metrics['groups_flat']:.0f} of {metrics['groups']:.0f} groups without signal")
         self.note(f"step {step + 1}/{self.config.run.steps} {', '.join(shown)}")
-        self.wandb.log({"train/" + name: value for name, value in metrics.items()} | {"step": step + 1})
+        found = signs(read_lines(self.lines))
+        for name in found.keys() - self.told:
+            self.note(f"ALARM {found[name]}")
+            self.wandb.alert(title=f"raygent: {name}", text=found[name])
+        self.told = set(found)
+        alarms = {f"alarm/{name}": float(name in found) for name in SIGNS}
+        self.wandb.log({"train/" + name: value for name, value in metrics.items()} | alarms | {"step": step + 1})
 
     def evaluation(self, step: int, tables: dict[str, pa.Table], summary: dict[str, float]) -> None:
         """One evaluation on the held-out tasks is done."""
@@ -96,12 +111,15 @@ class RunLog:
             )
             return
         low, high = mean_interval(list(by_task.values()))
+        trained = [row["reward"] for row in read_lines(self.lines) if row["step"] < step][-SPAN:]
+        if trained and not self.config.recorded:  # how much better it does on what it was trained on
+            summary = summary | {"gap": sum(trained) / len(trained) - summary["reward"]}
         rows = read_lines(self.evaluations)
         # A run that had ended there evaluated all tasks; when it goes on, the same step is due for some of them again.
         if not any(row["step"] == step and row["by_task"].keys() > by_task.keys() for row in rows):
             rows = [row for row in rows if row["step"] != step]
             rows.append({"step": step, **summary, "low": low, "high": high, "by_task": by_task})
-            self._rewrite(self.evaluations, rows)
+            self._rewrite(self.evaluations, sorted(rows, key=lambda row: row["step"]))
         self.note(
             f"evaluation at step {step}: reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} tasks; "
             f"{summary['retried_share']:.0%} of the rollouts made more than one call, mean reward {summary['rescued_share']:.3f}"
@@ -109,6 +127,10 @@ class RunLog:
         table = {f"eval/{name}": value for name, value in summary.items()} | {"step": step}
         self.wandb.log(table | {"eval/rollouts": self._best_and_worst(tables)})
         self.last = time.monotonic()
+
+    def best_step(self) -> int | None:
+        """See best_step() below."""
+        return best_step(read_lines(self.evaluations))
 
     def _best_and_worst(self, tables: dict[str, pa.Table]) -> Any:
         import wandb
@@ -128,6 +150,13 @@ class RunLog:
                 for row in chosen
             ],
         )
+
+    def prompts(self, rows: list[dict[str, Any]]) -> None:
+        """All versions of the prompts (rows of the table `prompts`), to W&B."""
+        import wandb
+
+        data = [[str(row[name]) if name == "parents" else row[name] for name in PROMPTS.names] for row in rows]
+        self.wandb.log({"prompts": wandb.Table(columns=list(PROMPTS.names), data=data)})
 
     def finish(self, counts: dict[str, Any]) -> None:
         """Write summary.json and curve.png and print what became better."""
@@ -151,12 +180,12 @@ class RunLog:
             f"rollouts: {rollouts['asked']} asked, {rollouts['succeeded']} succeeded, failed: {failed}; "
             f"{rollouts['retried']} retried, {rollouts['lost']} lost, {rollouts['trained']} trained"
         )
-        if steps:
+        if steps and "groups" in steps[0]:
             groups, flat = (sum(row[name] for row in steps) for name in ("groups", "groups_flat"))
             self.note(f"groups: {groups:.0f}, of which {flat:.0f} without signal (all their rewards alike)")
             if not summary["tokens"]["trained"]:
                 self.note(
-                    "NOTHING WAS TRAINED: no group had rewards that differ; take tasks that the agent wins sometimes, a "
+                    "NOTHING WAS TRAINED: no group had rewards that differ, or no rollout won; take tasks that the agent wins sometimes, a "
                     "reward with steps between, or a higher engine.temperature"
                 )
         if found := summary["held_out"]:
@@ -207,6 +236,16 @@ def held_out(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
         "rescued_share": {"before": first["rescued_share"], "after": last["rescued_share"]},
         "retried_share": {"before": first["retried_share"], "after": last["retried_share"]},
     }
+
+
+def best_step(evaluations: list[dict[str, Any]]) -> int | None:
+    """The step whose evaluation has the best mean reward on the tasks that all of them have, the first of those; None where there
+    is no such task."""
+    tasks = set.intersection(*(set(row["by_task"]) for row in evaluations)) if evaluations else set()
+    if not tasks:
+        return None
+    means = {row["step"]: sum(row["by_task"][task] for task in tasks) / len(tasks) for row in evaluations}
+    return max(means, key=lambda step: means[step])
 
 
 def mismatch(steps: list[dict[str, Any]]) -> dict[str, float]:

@@ -20,15 +20,18 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from raygent.actors.engine_handle import EngineUnavailable
-from raygent.actors.learner import LearnerGroup, latest_checkpoint
+from raygent.actors.critic import Critic
+from raygent.actors.engine_handle import EngineFailed, EngineUnavailable, last_line
+from raygent.actors.learner import Checkpoint, LearnerGroup, latest_checkpoint
 from raygent.actors.pacer import Versions, steps_to_admit
 from raygent.actors.replay_store import ReplayStore
 from raygent.actors.worker_pool import WorkerPool
 from raygent.cluster.keeper import end_app, start_keeper, stop_keeper
+from raygent.cluster.prompt_table import prompts_in_force, steps_done
 from raygent.cluster.serve_app import START_DEADLINE_S, app_name, start_app
+from raygent.cluster.spending import Spending
 from raygent.cluster.start import cpus_needed
-from raygent.config import Config
+from raygent.config import Config, ConfigError
 from raygent.records import Rollout, Sample
 
 logger = logging.getLogger("raygent")
@@ -44,8 +47,8 @@ class GateError(RuntimeError):
 class Parts:
     """Store, engine, workers and learners of the run `config` names, as a context manager.
 
-    `step` is the number of steps done, `version` the policy version the engines serve. `learn=False` starts no learners
-    (evaluation only).
+    `step` is the number of steps done, `version` the policy version the engines serve, `prompts` those that rollouts get which
+    bring none of their own. `learn=False` starts no learners (evaluation, and runs that change prompts alone).
     """
 
     def __init__(self, config: Config, learn: bool = True) -> None:
@@ -57,11 +60,14 @@ class Parts:
         beside.write_text(config.to_toml())
         beside.replace(self.directory / "config.toml")
         self.versions = Versions(self.directory)
+        self.prompts = prompts_in_force(config)
+        self.spending = Spending(config)
         self.seconds: dict[str, float] = defaultdict(float)
         self.gated = not learn
         self.restarts: Counter[int] = Counter()  # of the learners, by the step they went on from
 
     def __enter__(self) -> Parts:
+        self.spending.check()
         self.own_ray = not ray.is_initialized()
         if self.own_ray:
             # A job has RAY_ADDRESS; without it the driver gets a Ray of its own, not whichever was last started here
@@ -72,6 +78,8 @@ class Parts:
         config, secret = self.config, secrets.token_hex(32)
         checkpoint = latest_checkpoint(self.directory) if config.run.resume else None
         self.step, self.version = (checkpoint.step, checkpoint.version) if checkpoint else (0, 0)
+        if config.changes_prompts:
+            self.step = steps_done(self.directory)
         store_name = f"raygent-{config.run.name}-store"
         actor: Any = ray.remote(ReplayStore)
         self.store: Any = actor.options(
@@ -82,33 +90,55 @@ class Parts:
             max_concurrency=1000,
             num_cpus=0,
         ).remote(str(self.directory / "store"), config.workers.lease_s, config.workers.max_attempts)
-        ray.get(self.store.rewind.remote(self.step))
+        # A run that changes prompts has no checkpoints: it does all its steps again, with the rollouts of before.
+        ray.get(self.store.rewind.remote(None if config.changes_prompts else self.step))
+        if config.upstream:
+            self.spending.begin(ray.get(self.store.costs.remote()))
+            self.spending.check()
         start_keeper(config, app_name(config), store_name, NAMESPACE)
         self.learners = LearnerGroup(config) if self.learn_too else None
-        pushed = checkpoint is not None and self.learn_too  # a replica replaced later would miss a deleted checkpoint
+        of_critic = config.of_critic if self.learn_too else None
+        self.critic = LearnerGroup(of_critic, Critic) if of_critic else None
+        # A replica replaced later would miss a deleted checkpoint; adapters are nowhere but in the learners.
+        pushed = self.learn_too and (checkpoint is not None or bool(config.adapters))
         model = str(checkpoint.path) if checkpoint and not pushed else config.model.path
         version = None if pushed else self.version
-        with self.clock("start"), ThreadPoolExecutor(2) as pool:
+        with self.clock("start"), ThreadPoolExecutor(1) as pool:
             engine = pool.submit(start_app, config, secret, store_name, NAMESPACE, version, model)
             if self.learners:
-                pool.submit(self.learners.start, checkpoint).result()
+                self._start_learners(checkpoint)
             self.engine = engine.result()
             if pushed:
                 self.push()
+            self.check_upstreams()
         self.pool = WorkerPool(config, self.store, self.engine, secret)
         self.pool.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self.pool.stop()
-        if self.learners:
-            self.learners.stop()
+        for group in (self.learners, self.critic):
+            if group:
+                group.stop()
         end_app(app_name(self.config))
         stop_keeper(app_name(self.config), NAMESPACE)
         ray.get(self.store.close.remote())
         ray.kill(self.store)
         if self.own_ray:
             ray.shutdown()  # what Ray still has to tell comes before the run's result
+
+    def keep_best(self, step: int | None) -> None:
+        """Of the evaluations so far that of `step` was the best: `checkpoints/best` is to be that checkpoint."""
+        assert self.learners
+        if step == self.step and step:
+            self.checkpoint()
+        self.learners.mark_best(step)
+
+    def _start_learners(self, checkpoint: Checkpoint | None) -> None:
+        assert self.learners
+        self.learners.restart(checkpoint)
+        if self.critic:
+            self.critic.restart(checkpoint and checkpoint.of_critic())
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
@@ -141,27 +171,55 @@ class Parts:
 
     def ask(self, rollouts: list[Rollout]) -> int:
         """Queue `rollouts`; those that the store knows already stay as they are. Returns how many it did not know."""
+        for rollout in rollouts:
+            rollout.prompts = rollout.prompts or self.prompts
         return ray.get(self.store.add_rollouts.remote(rollouts))
 
-    def collect(self, step: int, mode: str) -> dict[str, pa.Table]:
+    def collect(self, step: int, mode: str, spans: bool = False) -> dict[str, pa.Table]:
         """Wait for the rollouts of `step` to end, keeping replicas and workers whole meanwhile; the store's tables of them."""
         while still_open := ray.get(self.store.wait.remote(step, mode, HEAL_EVERY_S)):
             logger.info("step %d: %d %s rollouts open", step, still_open, mode)
             if self.pool.broken:
                 raise RuntimeError(self.pool.broken)
             self.heal()
-        return ray.get(self.store.take.remote(step, mode))
+            self.check_upstreams()
+        self.check_upstreams()
+        return ray.get(self.store.take.remote(step, mode, spans))
 
     def heal(self) -> None:
         """A replica that was replaced reports an old version and takes no traffic: it gets the weights in force."""
         try:
             if any(replica["version"] != self.version for replica in self.engine.status()):
                 if self.learners:
-                    self.learners.push(self.engine, self.version)
+                    self._push(self.learners)
                 else:
                     self.engine.adopt(self.version)
         except EngineUnavailable as error:  # it is being replaced: seen to next time
-            logger.warning("%s", _last_line(error))
+            logger.warning("%s", last_line(error))
+
+    def check_upstreams(self) -> None:
+        """Raises ConfigError, with all steps done safe in a checkpoint, where the run's upstreams do not let it go on."""
+        if not self.config.upstream:
+            return
+        try:
+            self._deal_out()
+        except EngineUnavailable as error:
+            logger.warning("%s", last_line(error))
+        except ConfigError:
+            if self.learners and self.step:
+                self.checkpoint()
+            raise
+
+    def _deal_out(self) -> None:
+        """See what the upstreams have cost, and where a replica has no budget give all of them what is left: one that cannot
+        be asked may still spend what it had, so then there is none. Raises ConfigError."""
+        replicas, recorded = self.engine.status(), None
+        if short := self.spending.short(replicas):
+            replicas, recorded = self.engine.recall_budgets(), ray.get(self.store.costs.remote())
+        self.spending.note(replicas, recorded)
+        self.spending.check()
+        if short and len(replicas) == self.config.engine.replicas:
+            self.engine.grant_budgets(self.spending.budgets())
 
     def gate(self, samples: list[Sample]) -> None:
         """Once after every start of the learners: they and the engine must agree on what the batch's tokens cost. Else it
@@ -174,7 +232,7 @@ class Parts:
         if self.gated or not tokens:
             return
         assert self.learners
-        learned = self.learners.logprobs(samples)
+        learned = self.measure("current", samples)
         gaps = [abs(sample.logprobs - ours)[mask] for sample, ours, mask in zip(samples, learned, current, strict=True)]
         mean = float(sum(gap.sum() for gap in gaps)) / tokens
         worst = max((float(gap.max()) for gap in gaps if len(gap)), default=0.0)
@@ -188,33 +246,57 @@ class Parts:
             )
         self.gated = True
 
+    def measure(self, what: str, samples: list[Sample]) -> list[np.ndarray]:
+        """See LearnerGroup.measure."""
+        group = self.critic if what == "values" else self.learners
+        assert group
+        return group.measure(what, samples)
+
     def learn(self, samples: list[Sample]) -> dict[str, float]:
         """One step of the learners on `samples`; the store marks their rollouts as trained."""
         assert self.learners
-        metrics = self.learners.step(samples, self.step)
+        alone = self.critic is not None and self.step < self.config.critic.warmup_steps
+        metrics = self.learners.step([] if alone else samples, self.step)
+        if alone:
+            metrics["tokens_trained"] = metrics["rollouts_trained"] = 0.0
+        if self.critic:
+            metrics |= {f"critic/{name}": value for name, value in self.critic.step(samples, self.step).items()}
         self.step += 1
         self.version = self.versions.issue(self.step)
-        trained = sorted({sample.rollout_id for sample in samples})
+        trained = [] if alone or self.config.recorded else sorted({sample.rollout_id for sample in samples})
         ray.get(self.store.mark_trained.remote(self.step - 1, trained))
         return metrics
 
     def push(self) -> dict[str, float]:
         """The learners' weights to every engine replica, as `version`; where one is being replaced, once it is there.
 
-        Raises EngineUnavailable where none comes back.
+        Raises EngineUnavailable where none comes back, EngineFailed at once where one refuses them.
         """
         assert self.learners
         deadline, told = time.monotonic() + START_DEADLINE_S, False
         while True:
             try:
-                return self.learners.push(self.engine, self.version)
+                return self._push(self.learners)
             except EngineUnavailable as error:
                 if time.monotonic() > deadline:
                     raise
                 if not told:
-                    logger.warning("waiting for the engine: %s", _last_line(error))
+                    logger.warning("waiting for the engine: %s", last_line(error))
                 told = True
                 time.sleep(1)
+
+    def _push(self, learners: LearnerGroup) -> dict[str, float]:
+        """Raises EngineFailed where a replica refused the weights, and EngineUnavailable where another went away meanwhile:
+        then it may have failed by that."""
+        before = self._replicas()
+        try:
+            return learners.push(self.engine, self.version)
+        except EngineFailed as error:
+            kind = EngineFailed if self._replicas() == before else EngineUnavailable
+            raise kind(last_line(error)) from error
+
+    def _replicas(self) -> set[str]:
+        return {replica["source"] for replica in self.engine.status()}
 
     def drop(self, rollout_ids: list[str]) -> None:
         """Count `rollout_ids` as dropped: over the staleness bound."""
@@ -228,7 +310,7 @@ class Parts:
     def checkpoint(self) -> None:
         """Weights and optimiser of `step`, and the store's sealed logs rolled into Parquet."""
         assert self.learners
-        self.learners.save(self.step, self.version)
+        self.learners.save(self.step, self.version, self.critic)
         ray.get(self.store.roll.remote())
 
     def restart_learners(self) -> None:
@@ -244,7 +326,7 @@ class Parts:
             raise RuntimeError(
                 f"the learners died {MOST_RESTARTS} times between step {self.step} and the next checkpoint"
             )
-        self.learners.restart(checkpoint)
+        self._start_learners(checkpoint)
         self.gated = False
         ray.get(self.store.rewind.remote(self.step))
         self.push()
@@ -257,8 +339,3 @@ class Parts:
             "rollouts": ray.get(self.store.status.remote()),
             "seconds": dict(self.seconds),
         }
-
-
-def _last_line(error: EngineUnavailable) -> str:
-    """What failed; before it Ray puts the stack of the actor it failed in."""
-    return str(error).rstrip().rpartition("\n")[2]

@@ -26,11 +26,17 @@ def app_name(config: Config) -> str:
 
 
 def start_app(
-    config: Config, secret: str, store_name: str, namespace: str, version: int | None, model: str
+    config: Config,
+    secret: str,
+    store_name: str,
+    namespace: str,
+    version: int | None,
+    model: str,
 ) -> EngineHandle:
     """Start the engines on `model` (whose weights are policy version `version`) and wait until all of them serve.
 
-    With None for a version they have loaded it and serve nobody before they are given their weights.
+    With None for a version they have loaded it and serve nobody before they are given their weights. The upstreams' keys go
+    to the engines as an argument: a runtime_env would be logged.
 
     An app of the same name from an earlier life of the run is deleted first: its key and its weights are over.
     """
@@ -46,7 +52,7 @@ def start_app(
             "runtime_env": {"env_vars": environment(config)},
         },
     }
-    bound = Engine.options(**options).bind(config, secret, store_name, namespace, model)  # type: ignore[attr-defined]
+    bound = Engine.options(**options).bind(config, secret, store_name, namespace, model, config.upstream_keys())  # type: ignore[attr-defined]
     _deploy(bound, name)
     engine = EngineHandle(name, f"http://{host}:{port}/{name}")
     if version is not None:

@@ -98,7 +98,8 @@ def local_ray(config: Config) -> Iterator[str]:
 
 def cpus_needed(config: Config) -> int:
     """As many CPUs as the run's actors ask for, and no fewer than there are: on a small machine they share them."""
-    need = config.learner.ranks + config.engine.replicas + config.workers.max * config.workers.cpus + 1
+    ranks = sum(learner.ranks for learner in config.learners)
+    need = ranks + config.engine.replicas + config.workers.max * config.workers.cpus + 1
     return max(os.cpu_count() or 1, math.ceil(need))
 
 
@@ -125,8 +126,9 @@ def _follow(address: str, module: str, arguments: list[str], runtime_env: dict[s
 
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     entrypoint = shlex.join([sys.executable if not runtime_env else "python", "-m", module, *arguments])
-    submission = {"entrypoint": entrypoint, "runtime_env": runtime_env | {"env_vars": QUIET}}
-    client, job = _submit(JobSubmissionClient, address, submission)
+    job = f"raysubmit_{secrets.token_hex(8)}"
+    submission = {"entrypoint": entrypoint, "submission_id": job, "runtime_env": runtime_env | {"env_vars": QUIET}}
+    client = _submit(JobSubmissionClient, address, submission)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         asyncio.run(_tail(client, job))
@@ -148,14 +150,19 @@ def _follow(address: str, module: str, arguments: list[str], runtime_env: dict[s
     return info.driver_exit_code or 1
 
 
-def _submit(make: Any, address: str, submission: dict[str, Any]) -> tuple[Any, str]:
-    """The client and the job's id. A Ray that has just started takes jobs a little after its dashboard answers."""
-    deadline = time.monotonic() + START_DEADLINE_S
+def _submit(make: Any, address: str, submission: dict[str, Any]) -> Any:
+    """The client, once the job is accepted. A Ray that has just started takes jobs a little after its dashboard answers, and one
+    on a busy machine may break off while it does."""
+    deadline, broke_off = time.monotonic() + START_DEADLINE_S, False
     while True:
         try:
             client = make(address)
-            return client, client.submit_job(**submission)
-        except (ConnectionError, RuntimeError) as error:
+            client.submit_job(**submission)
+            return client
+        except (OSError, RuntimeError) as error:  # OSError: the connection
+            if broke_off and "already exists" in str(error):
+                return client
+            broke_off = broke_off or isinstance(error, OSError)
             if time.monotonic() > deadline or (
                 "No available agent" not in str(error) and isinstance(error, RuntimeError)
             ):

@@ -24,10 +24,21 @@ import psutil
 import tomli_w
 
 from raygent.actors.grading import Grader, GraderError, grade_once
-from raygent.actors.subprocess_agent import TASK_BYTES, task_variable
-from raygent.agent import AGENT_OFFERS, arguments, load_callable
+from raygent.actors.subprocess_agent import (
+    JOB_COPIES,
+    PROMPTS_BYTES,
+    TASK_BYTES,
+    prompts_variable,
+    task_variable,
+)
+from raygent.algorithms.named import PROMPT_NAMES
+from raygent.callables import AGENT_OFFERS, arguments, load_callable
 from raygent.cluster.metrics import logged_in
-from raygent.config import Config, ConfigError, homes_of, keys_of
+from raygent.cluster.prompt_table import read_prompts
+from raygent.config import OPTIMISER, Config, ConfigError, homes_of, keys_of
+from raygent.families import NONE, parsers
+from raygent.jobs.recorded import batch_of, check_chats
+from raygent.prompts import PROMPTS_VARIABLE
 from raygent.records import to_json
 from raygent.task import load_tasks
 
@@ -44,9 +55,12 @@ OURS = {
     "generation_config": "",
     "logprobs_mode": "",
     "weight_transfer_config": "",
+    "enable_lora": "learner.lora",
+    "max_loras": "agent.policies",
+    "max_cpu_loras": "agent.policies",
+    "max_lora_rank": "learner.lora",
     "data_parallel_size": "engine.replicas",
 }
-JOB_COPIES = "working_dir_files"  # Ray's folder of the copies that jobs get of their --working-dir
 SHARED = "which ends with the job; give one that stays and that all nodes see, as run.directory=/mnt/shared"
 ENDING_S = 10.0  # for a store whose driver has just been ended
 # Resident memory of the processes beside what is in them; measured with a small model on CPU.
@@ -56,10 +70,15 @@ LOGITS_COPIES = 3  # float32 [tokens, vocabulary]: the logits, their log-softmax
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError, one line with the key and the mend, for what would fail later on."""
+    """Raises ConfigError, one line with the key and the mend, for what would fail later on. Parsers that `config` leaves
+    open are set to those of the model's family."""
     _check_run_directory(config)
     _check_data(config)
+    _check_prompts(config)
     _check_model(config)
+    _check_recorded(config)
+    _check_teacher(config)
+    _check_critic(config)
     _check_engine(config)
     _check_gpus(config)
     _check_accounts(config)
@@ -90,12 +109,26 @@ def _check_run_directory(config: Config) -> None:
     begun = directory / "config.toml"
     if begun.is_file():
         try:
-            model = tomllib.loads(begun.read_text()).get("model", {}).get("path")
+            before = tomllib.loads(begun.read_text())
+            model = before.get("model", {}).get("path")
+            lora = (before.get("learner", {}).get("lora"), sorted(before.get("agent", {}).get("policies", {})))
+            algorithm = before.get("algorithm", {}).get("name", config.algorithm.name)
         except (ValueError, AttributeError) as error:
             raise ConfigError(f"run.name: {begun} is not whole ({error}); delete it to go on with the run") from error
         if model is not None and not _same_model(model, config):
             raise ConfigError(
                 f"model.path: {directory} was begun with {model}, not {config.model.path}; choose another run.name"
+            )
+        if (algorithm in PROMPT_NAMES) != config.changes_prompts:
+            raise ConfigError(
+                f"algorithm.name: {directory} was begun with {algorithm}, and weights and prompts are not changed by one run; "
+                "choose another run.name"
+            )
+        now = config.learner.lora and config.learner.lora.model_dump(exclude_none=True)
+        if lora != (now, sorted(config.agent.policies)):
+            raise ConfigError(
+                f"learner.lora: {directory} was begun with other adapters: {lora[0] or 'none'}, of the policies "
+                f"{', '.join(lora[1]) or 'all agents share'}; write them as they were, or choose another run.name"
             )
 
 
@@ -125,16 +158,112 @@ def is_locked(path: Path) -> bool:
 
 
 def _check_data(config: Config) -> None:
-    if config.data.eval == config.data.train:
+    if config.data.eval and config.data.eval == config.data.train:
         raise ConfigError("data.eval: the same file as data.train; held-out tasks are others than those trained on")
     apart = config.agent.command is not None or config.agent.in_ == "subprocess"
     for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for task in load_tasks(path, key) if path else []:
+        for task in load_tasks(path, key):
             if apart and len(task_variable(task.input).encode(errors="replace")) > TASK_BYTES:
                 raise ConfigError(
                     f"{key}: task {task.id}: its input is over {TASK_BYTES} bytes as JSON, more than RAYGENT_TASK holds; put "
                     "it into a file that the input names"
                 )
+
+
+def _check_recorded(config: Config) -> None:
+    if config.data.rollouts and (begun := Path(config.data.rollouts) / "config.toml").is_file():
+        theirs = tomllib.loads(begun.read_text())["model"]["path"]
+        if not _same_tokenizer(theirs, config.model.path):
+            raise ConfigError(
+                f"data.rollouts: its tokens are of {theirs}, which has another tokenizer than {config.model.path}; give a run "
+                "of the same model"
+            )
+    if config.data.rollouts:
+        if Path(config.data.rollouts) == config.run_directory:
+            raise ConfigError("data.rollouts: the folder of this run itself; choose another run.name")
+        if is_locked(Path(config.data.rollouts) / "store" / "lock"):
+            raise ConfigError(
+                f"data.rollouts: {config.data.rollouts} is a run that goes on; wait for its end, or stop it"
+            )
+        batch_of(config, 0)
+    if config.data.chats:
+        check_chats(config, config.model.context or _about_model(config).get("max_position_embeddings") or 0)
+
+
+def _check_critic(config: Config) -> None:
+    if not config.of_critic:
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES as FAMILIES
+
+    kind = _about_model(config).get("model_type")
+    if kind and kind not in FAMILIES:
+        raise ConfigError(
+            f"algorithm.name: {config.algorithm.name} needs a critic, and transformers has no model of the kind {kind} that "
+            "gives each token a value; use another algorithm, as grpo"
+        )
+    checkpoints = sorted((config.run_directory / "checkpoints").glob("step-*"))
+    if checkpoints and not (checkpoints[-1] / "critic").is_dir():
+        raise ConfigError(f"algorithm.name: {config.run_directory} was begun without a critic; choose another run.name")
+
+
+def _check_teacher(config: Config) -> None:
+    teacher = config.algorithm.teacher
+    if teacher and Path(teacher).is_absolute() and not (Path(teacher) / "config.json").is_file():
+        raise ConfigError(f"algorithm.teacher: {teacher} has no config.json; give a folder that transformers loads")
+    if teacher and not _same_tokenizer(teacher, config.model.path):
+        raise ConfigError(
+            f"algorithm.teacher: {teacher} has another tokenizer than {config.model.path}; take one of the same family"
+        )
+
+
+def _same_tokenizer(one: str, other: str) -> bool:
+    """False where both folders have the tokenizer's file and the files differ."""
+    files = [Path(path) / "tokenizer.json" for path in (one, other)]
+    return not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes()
+
+
+SEARCHES_BY = {  # what the prompts of a run depend on
+    "algorithm": (
+        "name", "group_size", "tasks_per_step", "selection_tasks", "beam", "edits", "demonstrations",
+    ),
+    "run": ("seed",),
+}  # fmt: skip
+
+
+def _check_prompts(config: Config) -> None:
+    texts = config.first_prompts()
+    apart = config.agent.command is not None or config.agent.in_ == "subprocess"
+    if apart and len(prompts_variable(texts).encode(errors="replace")) > PROMPTS_BYTES:
+        raise ConfigError(
+            f"prompts: together over {PROMPTS_BYTES} bytes as JSON, more than {PROMPTS_VARIABLE} holds; shorten them, or set "
+            'agent.in = "process"'
+        )
+    if not config.changes_prompts:
+        return
+    if config.algorithm.name == "gepa" and importlib.util.find_spec("gepa") is None:
+        raise ConfigError("algorithm.name: gepa is not installed; install raygent with --extra prompts")
+    tasks = len(load_tasks(config.data.train, "data.train"))
+    if config.algorithm.selection_tasks >= tasks:
+        raise ConfigError(
+            f"algorithm.selection_tasks: {config.algorithm.selection_tasks} of the {tasks} tasks of data.train leave none to "
+            "learn from; lower it"
+        )
+    if (config.run_directory / "config.toml").is_file():
+        before = tomllib.loads((config.run_directory / "config.toml").read_text())
+        for section, keys in SEARCHES_BY.items():
+            now = getattr(config, section).model_dump()
+            for key in keys:
+                if key in before.get(section, {}) and before[section][key] != now[key]:
+                    raise ConfigError(
+                        f"{section}.{key}: {config.run_directory} was begun with {before[section][key]!r}, by which its prompts "
+                        "were made; write it as it was, or choose another run.name"
+                    )
+    begun = {row["name"]: row["text"] for row in read_prompts(config.run_directory) if row["version"] == 0}
+    if begun and begun != texts:
+        other = min(name for name in begun.keys() | texts.keys() if begun.get(name) != texts.get(name))
+        raise ConfigError(
+            f"prompts.{other}: {config.run_directory} was begun with another first version; choose another run.name"
+        )
 
 
 # the model
@@ -149,8 +278,46 @@ def _check_model(config: Config) -> None:
         ("model.tool_parser", config.model.tool_parser, "tool_parsers"),
         ("model.reasoning_parser", config.model.reasoning_parser, "reasoning"),
     ):
-        if name is not None:
+        if name not in (None, NONE):
             _check_name(key, name, _parsers(place))
+    if about:
+        tools, reasoning = parsers(str(about.get("model_type")), _template(config))
+        config.model.tool_parser = config.model.tool_parser or tools
+        config.model.reasoning_parser = config.model.reasoning_parser or reasoning
+
+
+def _template(config: Config) -> str:
+    """The chat template, several of them one behind the other; "" where the model has none."""
+    if config.model.chat_template:
+        return Path(config.model.chat_template).read_text(errors="replace")
+    for name in ("chat_template.jinja", "chat_template.json", "tokenizer_config.json"):
+        file = _model_file(config, name)
+        if file is None:
+            continue
+        text = file.read_text(errors="replace")
+        if name.endswith(".jinja"):
+            return text
+        try:
+            template = json.loads(text).get("chat_template")
+        except (ValueError, AttributeError, RecursionError):
+            continue
+        if template:
+            return template if isinstance(template, str) else json.dumps(template, ensure_ascii=False)
+    return ""
+
+
+def _model_file(config: Config, name: str) -> Path | None:
+    """A file of the model, from its folder, the local cache or the hub; None where it is not there."""
+    folder = Path(config.model.path)
+    if folder.is_absolute():
+        return folder / name if (folder / name).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+
+    try:
+        return Path(hf_hub_download(config.model.path, name))
+    except (EntryNotFoundError, HfHubHTTPError):  # the first also of one that is not in the cache while the hub is away
+        return None
 
 
 def _about_model(config: Config) -> dict[str, Any]:
@@ -321,7 +488,7 @@ def _check_gpus(config: Config) -> None:
 
 def gpus_wanted(config: Config) -> dict[str, float]:
     return {
-        "learner": config.learner.ranks * config.learner.gpus,
+        "learner": sum(learner.ranks * learner.gpus for learner in config.learners),
         "engine": config.engine.replicas * config.engine.gpus,
     }
 
@@ -358,6 +525,8 @@ def _check_accounts(config: Config) -> None:
     """What the run needs of others, and this environment lacks."""
     if config.wandb.mode == "online" and not _on_cluster() and not logged_in():
         raise ConfigError("wandb.mode: online, but nobody is logged in; run `wandb login`, or use offline")
+    if not os.environ.get("RAY_ADDRESS", "").startswith("http"):  # else the job looks, in its own environment
+        config.upstream_keys()
 
 
 def _check_command(config: Config) -> None:
@@ -369,9 +538,17 @@ def _check_command(config: Config) -> None:
     found = shutil.which(str(config.folder / program) if local else program)
     if found is None:
         where = f"no program {config.folder / program} that can be run" if local else f"no program {program!r} on PATH"
-        raise ConfigError(f"agent.command: {where}; install it or give its path")
+        raise ConfigError(f"agent.command: {where}; {_mend_of_program(config.folder / program, local)}")
     if rest and rest[0].endswith(SCRIPTS) and not (config.folder / rest[0]).is_file():
         raise ConfigError(f"agent.command: no file {config.folder / rest[0]}; paths are relative to the TOML")
+
+
+def _mend_of_program(path: Path, local: bool) -> str:
+    if not path.is_file():
+        return "paths are relative to the TOML" if local else "install it or give its path"
+    if local:
+        return f"make it executable (chmod +x {path.name}), or put its interpreter before it"
+    return f"for the file beside the TOML write ./{path.name}"
 
 
 # what a dry run tells besides
@@ -379,13 +556,13 @@ def _check_command(config: Config) -> None:
 
 def dry_run(config: Config) -> None:
     """Print what a run would use; starts nothing. Raises ConfigError as check() does."""
+    changed = config.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True, exclude={"path"})
     check(config)
     steps, algorithm = config.run.steps, config.algorithm
     print(
         f"config   {config.path}: run {config.run.name!r}, {steps} steps of {algorithm.tasks_per_step} tasks x "
         f"{algorithm.group_size} rollouts, into {config.run_directory}; of its keys these are not the defaults:"
     )
-    changed = config.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_defaults=True, exclude={"path"})
     print("".join(f"         {line}\n" for line in tomli_w.dumps(changed).splitlines() if line), end="")
     _tell_data(config)
     _tell_agent(config)
@@ -396,20 +573,33 @@ def dry_run(config: Config) -> None:
 
 def _tell_data(config: Config) -> None:
     tasks = load_tasks(config.data.train, "data.train")
-    held_out = load_tasks(config.data.eval, "data.eval") if config.data.eval else []
+    held_out = load_tasks(config.data.eval, "data.eval")
     trained_on = {to_json(task.input) for task in tasks}
     twice = sum(to_json(task.input) in trained_on for task in held_out)
     known = f"; {twice} of these have the input of a training task" if twice else ""
     print(f"data     {len(tasks)} tasks to train on, {len(held_out)} held out{known}")
-    print(f"task     {tasks[0].id}: {to_json(tasks[0].input)[:200]}")
+    if config.recorded:
+        print(f"         trained on what {config.data.rollouts or config.data.chats} holds")
+    for task in tasks[:1]:
+        print(f"task     {task.id}: {to_json(task.input)[:200]}")
 
 
 def _tell_agent(config: Config) -> None:
     print(f"agent    {config.agent.run or ' '.join(config.agent.command or [])}: ready")
+    for name, upstream in config.upstream.items():
+        print(f"upstream {name}: {upstream.model} at {upstream.base_url} for {', '.join(upstream.agents)}")
+    for name, file in config.prompts.items():
+        print(f"prompt   {name}: {file}")
+    if config.changes_prompts and config.algorithm.name != "bootstrap_fewshot":
+        by = config.upstream_of(OPTIMISER)
+        print(f"         improved by {f'upstream.{by}' if by else 'the served model'} (agent {OPTIMISER})")
     if not config.grader.run:
         print("grader   none: the agent returns the reward or emits it")
         return
-    task = load_tasks(config.data.train, "data.train")[0]
+    tasks = load_tasks(config.data.train, "data.train") or load_tasks(config.data.eval, "data.eval")
+    if not tasks:
+        return
+    task = tasks[0]
     try:
         graded = grade_once(config, task.input, task.private, None)
         print(f"grader   {config.grader.run}: {graded.verdict.value:g} for no output, in {graded.seconds:.2f} s")
@@ -418,7 +608,7 @@ def _tell_agent(config: Config) -> None:
 
 
 def _tell_model(config: Config, memory: dict[str, float]) -> None:
-    about, folder = _about_model(config), Path(config.model.path)
+    about = _about_model(config)
     if not about:
         print(f"model    {config.model.path}: on the hub, which does not answer here")
         return
@@ -426,22 +616,28 @@ def _tell_model(config: Config, memory: dict[str, float]) -> None:
         f"model    {config.model.path}: {memory['parameters']:,.0f} parameters, vocabulary {about.get('vocab_size')}, "
         f"context {config.model.context or about.get('max_position_embeddings')}"
     )
-    if folder.is_absolute() and config.model.chat_template is None and not _has_template(folder):
+    tell_parsers(config)
+    if not _template(config):
         print("         it has no chat template: only the Completions API will work without model.chat_template")
+    if config.changes_prompts:
+        print(f"memory   about {_gib(memory['engine'])} an engine")
+        return
     print(
         f"memory   about {_gib(memory['learner_rank'])} a learner rank ({_gib(memory['learner_states'])} of weights, gradients "
         f"and optimiser, {_gib(memory['learner_logits'])} of logits), {_gib(memory['engine'])} an engine"
     )
 
 
-def _has_template(folder: Path) -> bool:
-    settings = folder / "tokenizer_config.json"
-    files = (folder / "chat_template.jinja", folder / "chat_template.json")
-    return any(file.is_file() for file in files) or (settings.is_file() and "chat_template" in settings.read_text())
+def tell_parsers(config: Config) -> None:
+    print(
+        f"parsers  tool calls: {config.model.tool_parser}, reasoning: {config.model.reasoning_parser} (others by "
+        "model.tool_parser and model.reasoning_parser)"
+    )
 
 
 def _tell_cluster(config: Config, memory: dict[str, float]) -> None:
-    cpus = config.learner.ranks + config.engine.replicas + config.workers.cpus * config.workers.max
+    ranks = sum(learner.ranks for learner in config.learners)
+    cpus = ranks + config.engine.replicas + config.workers.cpus * config.workers.max
     gpus = sum(gpus_wanted(config).values())
     asked = f"cluster  up to {cpus:g} CPUs and {gpus:g} GPUs asked for"
     if _on_cluster():
@@ -456,7 +652,10 @@ def _tell_cluster(config: Config, memory: dict[str, float]) -> None:
     if cpus > cores:
         print("         more CPUs than there are: the actors share them")
     whole = WORKER_PROCESS * config.workers.max
-    whole += config.learner.ranks * (LEARNER_PROCESS if config.learner.gpus else memory["learner_rank"])
+    for one in (config, config.of_critic) if config.learners else ():
+        if one:
+            rank = LEARNER_PROCESS if one.learner.gpus else memory_estimate(one)["learner_rank"]
+            whole += one.learner.ranks * rank
     whole += config.engine.replicas * (ENGINE_PROCESSES if config.engine.gpus else memory["engine"])
     print(f"         about {_gib(whole)} of it needed{': MORE THAN IS FREE' if whole > free else ''}")
 
@@ -477,7 +676,10 @@ def memory_estimate(config: Config) -> dict[str, float]:
     optimiser = 8 if stage == 0 and width == 4 else 12
     states = width / (ranks if stage >= 3 else 1) + width / (ranks if stage >= 2 else 1)
     states += optimiser / (ranks if stage >= 1 else 1)
-    states += width if config.algorithm.kl else 0  # the reference
+    if config.learner.lora:  # the adapters themselves are small beside the model
+        states = width / (ranks if stage >= 3 else 1)
+    if config.with_reference:
+        states += width * (count_parameters(config, config.algorithm.teacher) / parameters if parameters else 1)
     vocabulary = _about_model(config).get("vocab_size") or 0
     logits = config.learner.micro_batch_tokens * vocabulary * 4 * LOGITS_COPIES
     engine_width = 4 if (config.engine.dtype or config.learner.dtype) == "float32" else 2
@@ -491,9 +693,11 @@ def memory_estimate(config: Config) -> dict[str, float]:
     }
 
 
-def count_parameters(config: Config) -> int:
-    """From the headers of the folder's safetensors files, else from the model's config (0 where that is not at hand)."""
-    files = list(Path(config.model.path).glob("*.safetensors")) if Path(config.model.path).is_absolute() else []
+def count_parameters(config: Config, teacher: str | None = None) -> int:
+    """From the headers of the folder's safetensors files, else from the model's config (0 where that is not at hand); of the
+    model, or of a `teacher`, which counts as the model where it is no folder."""
+    path = Path(teacher or config.model.path)
+    files = list(path.glob("*.safetensors")) if path.is_absolute() else []
     if files:
         return sum(map(_count_in, files))
     if not _about_model(config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from raygent.actors.pacer import eval_rollouts, only
+from raygent.algorithms.pass_at_k import passes
 from raygent.config import Config, ConfigError
 from raygent.jobs.job import run_job
 from raygent.records import Task
@@ -17,6 +19,8 @@ from raygent.task import load_tasks
 
 if TYPE_CHECKING:
     from raygent.cluster.parts import Parts
+
+PASSED = 1.0  # the reward of a rollout that succeeded
 
 
 def tasks_due(config: Config, held_out: list[Task], step: int) -> list[Task]:
@@ -33,13 +37,13 @@ def evaluate(parts: Parts, tasks: list[Task]) -> tuple[dict[str, pa.Table], dict
 
     Rollouts of this step that the store has already stay as they are. Returns the store's tables of all of them and a
     summary: `reward`, `n` (tasks), `retried_share` (rollouts of more than one call) and `rescued_share` (mean reward of
-    those), `calls` (a rollout).
+    those), `calls` (a rollout), and with several `evaluate.samples` `pass@k`, where a reward of 1 passes.
     """
-    rollouts = eval_rollouts(parts.config, tasks, parts.step, parts.version)
+    rollouts = eval_rollouts(parts.config, tasks, parts.step, parts.version, parts.prompts)
     if stored := len(rollouts) - parts.ask(rollouts):
         print(
-            f"{stored} of {len(rollouts)} rollouts of step {parts.step} are in the store from before and are not run again; "
-            "under another run.name, with the checkpoint as model.path, all are",
+            f"{stored} of {len(rollouts)} rollouts of step {parts.step} are in the store from before and are not run again"
+            + ("" if parts.config.adapters else "; under another run.name, with the checkpoint as model.path, all are"),
             flush=True,
         )
     with parts.clock("evaluate"):
@@ -55,13 +59,17 @@ def summarise(tables: dict[str, pa.Table]) -> dict[str, float]:
     number = dict(zip(counted["rollout_id"].to_pylist(), counted["sequence_count"].to_pylist(), strict=True))
     turns = np.array([number.get(rollout, 0) for rollout in rollouts["rollout_id"].to_pylist()])
     again = turns > 1
+    tries: dict[str, list[bool]] = defaultdict(list)
+    for task, reward in zip(rollouts["task_id"].to_pylist(), rewards, strict=True):
+        if not np.isnan(reward):
+            tries[task].append(bool(reward >= PASSED))
     return {
         "reward": float(rewards[known].mean()) if known.any() else float("nan"),
         "n": pc.count_distinct(rollouts["task_id"]).as_py(),
         "calls": float(turns.mean()) if len(turns) else 0.0,
         "retried_share": float(again.mean()) if len(turns) else 0.0,
         "rescued_share": float(rewards[again & known].mean()) if (again & known).any() else 0.0,
-    }
+    } | (passes(tries) if max(map(len, tries.values()), default=0) > 1 else {})
 
 
 def held_out_tasks(config: Config) -> list[Task]:

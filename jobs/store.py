@@ -13,6 +13,7 @@ import pyarrow as pa
 from raygent.actors.segments import KINDS, RECORDS, Contents, Rolled, StoreDamaged
 from raygent.actors.store_state import AttemptKey, State, read_store
 from raygent.actors.store_tables import read_parquet, record_files
+from raygent.cluster.prompt_table import file_of
 from raygent.records import SCHEMAS
 
 LOOKS = 5  # at a store that goes on
@@ -32,6 +33,8 @@ def inspect(run: Path) -> int:
             rows = sum(len(read_parquet(path, [])) for path in paths)
             size = sum(path.stat().st_size for path in paths)
             print(f"{table:9} {rows:8} rows in {len(paths)} Parquet files, {size:,} bytes")
+        if (file := file_of(folder)).is_file():
+            print(f"prompts   {len(read_parquet(file, [])):8} rows in 1 Parquet files, {file.stat().st_size:,} bytes")
     except StoreDamaged as damage:
         print(f"damaged: {damage}")
         return 1
@@ -85,6 +88,7 @@ def _look(folder: Path) -> tuple[list[str], str]:
         state, contents, rolled = read_store(folder)
         faults = _winners_missing(folder, state) + _miscounted(folder, state, rolled)
         rows = sum(len(read_parquet(path)) for table in SCHEMAS for path in record_files(folder, table, rolled))
+        rows += len(read_parquet(file_of(folder))) if file_of(folder).is_file() else 0
     except (StoreDamaged, FileNotFoundError) as damage:
         return [str(damage)], "not read to the end"
     frames = sum(len(segment.frames) for segment in contents)

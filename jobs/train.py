@@ -10,12 +10,15 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from raygent.actors.pacer import drop_stale, train_rollouts
-from raygent.algorithms.batch import make_samples
+from raygent.actors.pacer import drop_stale, refill_rollouts, train_rollouts
+from raygent.algorithms.batch import lacking_groups, make_samples
 from raygent.cluster.metrics import RunLog
 from raygent.config import Config
 from raygent.jobs.evaluate import evaluate, tasks_due
 from raygent.jobs.job import run_job
+from raygent.jobs.optimise_prompts import optimise_prompts
+from raygent.jobs.recorded import batch_of
+from raygent.records import Sample, Task
 from raygent.task import load_tasks
 
 if TYPE_CHECKING:
@@ -26,8 +29,10 @@ def train(config: Config) -> None:
     from raygent.actors.learner import LearnerLost
     from raygent.cluster.parts import Parts
 
+    if config.changes_prompts:
+        return optimise_prompts(config)
     tasks = load_tasks(config.data.train, "data.train")
-    held_out = load_tasks(config.data.eval, "data.eval") if config.data.eval else []
+    held_out = load_tasks(config.data.eval, "data.eval")
     log = RunLog(config)
     with Parts(config) as parts:
         log.resume(parts.step)
@@ -35,6 +40,7 @@ def train(config: Config) -> None:
             try:
                 if due := tasks_due(config, held_out, parts.step):
                     log.evaluation(parts.step, *evaluate(parts, due))
+                    parts.keep_best(log.best_step())
                 if parts.step >= config.run.steps:
                     parts.checkpoint()
                     break
@@ -47,28 +53,46 @@ def train(config: Config) -> None:
     log.finish(counts)
 
 
-def one_step(parts: Parts, tasks: list) -> dict[str, float]:
+def one_step(parts: Parts, tasks: list[Task]) -> dict[str, float]:
     """Rollouts of this step -> samples -> learners -> weights to the engines under a new version."""
-    config, step = parts.config, parts.step
-    for ahead in parts.admissible_steps():
-        parts.ask(train_rollouts(config, tasks, ahead, parts.version))
-    with parts.clock("rollouts"):
-        tables = parts.collect(step, "train")
-    with parts.clock("samples"):
-        tables, stale = drop_stale(tables, parts.oldest_version())
-        samples, metrics = make_samples(tables, config)
-    parts.drop(stale)
-    if samples:
-        metrics["version_age"] = parts.age(samples)
-    with parts.clock("gate"):
-        parts.gate(samples)
+    samples, metrics = recorded(parts) if parts.config.recorded else sampled(parts, tasks)
     with parts.clock("learn"):
         metrics |= parts.learn(samples)
     with parts.clock("weights"):
         metrics |= parts.push()
     with parts.clock("checkpoint"):
         parts.checkpoint_if_due()
-    return metrics | {"stale_rollouts": len(stale)} | parts.measures()
+    return metrics | parts.measures()
+
+
+def sampled(parts: Parts, tasks: list[Task]) -> tuple[list[Sample], dict[str, float]]:
+    """The samples of what the policy does now."""
+    config, step = parts.config, parts.step
+    for ahead in parts.admissible_steps():
+        parts.ask(train_rollouts(config, tasks, ahead, parts.version))
+    with parts.clock("rollouts"):
+        tables = parts.collect(step, "train")
+        for refill in range(config.algorithm.refills):
+            if lacking := lacking_groups(tables, config):
+                parts.ask(refill_rollouts(config, tasks, step, parts.version, refill + 1, lacking))
+                tables = parts.collect(step, "train")
+        greedy = parts.collect(step, "greedy")["rollouts"] if config.named_algorithm.needs_greedy else None
+    with parts.clock("samples"):
+        tables, stale = drop_stale(tables, parts.oldest_version())
+        samples, metrics = make_samples(tables, config, greedy, parts.measure)
+    parts.drop(stale)
+    if samples:
+        metrics["version_age"] = parts.age(samples)
+    with parts.clock("gate"):
+        parts.gate(samples)
+    return samples, metrics | {"stale_rollouts": float(len(stale))}
+
+
+def recorded(parts: Parts) -> tuple[list[Sample], dict[str, float]]:
+    """The samples of what was recorded before."""
+    with parts.clock("samples"):
+        samples, metrics = make_samples(batch_of(parts.config, parts.step), parts.config, None, parts.measure)
+    return samples, metrics | {"tokens_sampled": 0.0}
 
 
 if __name__ == "__main__":

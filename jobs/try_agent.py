@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ import pyarrow.parquet as pq
 
 from raygent.cluster.start import quiet_environment
 from raygent.config import Config, ConfigError, load
-from raygent.jobs.dry_run import check, is_locked
-from raygent.records import SCHEMAS, Rollout, Task, to_json
+from raygent.jobs.dry_run import check, is_locked, tell_parsers
+from raygent.records import SCHEMAS, UPSTREAM, Rollout, Task, to_json
 from raygent.task import load_tasks
 
 Row = dict[str, Any]
+SAID = ("content", "text", "reasoning_content", "thinking", "name", "arguments", "partial_json")  # of a reply's JSON
 SHOWN = 2000  # characters of one message, and of an error, from its end
 
 
@@ -40,6 +42,8 @@ def config_to_try(config: Config) -> Config:
 
 def choose_task(config: Config, task_id: str | None) -> Task:
     """The task `task_id` of data.train, or the first. Raises ConfigError where there is none of that id."""
+    if config.data.train is None:
+        raise ConfigError('data.train: missing; a rollout is of a task, write train = "train.jsonl"')
     tasks = load_tasks(config.data.train, "data.train")
     for task in tasks:
         if task_id in (None, task.id):
@@ -58,6 +62,8 @@ def try_agent(config: Config, task: Task) -> int:
         parts.collect(0, "train")
     # The store is closed: all it holds, lost attempts too, is in Parquet.
     tables = {name: _rows(config.run_directory / "store" / name) for name in SCHEMAS}
+    print()
+    tell_parsers(config)
     print(f"\ntask {task.id}: {_cut(to_json(task.input))}")
     for attempt in tables["attempts"]:
         records = {name: _of(attempt, tables[name]) for name in ("calls", "spans", "rewards")}
@@ -108,12 +114,40 @@ def _tell_conversation(config: Config, calls: list[Row]) -> None:
         known = before.get(call["agent"], [])
         same = len(known) if messages[: len(known)] == known else 0
         before[call["agent"]] = messages
-        print(f"\ncall {call['sequence']} of agent {call['agent']} ({call['api']}, {call['finish_reason']})")
+        by = f", {call['policy']}" if call["policy"] != "policy" else ""
+        print(f"\ncall {call['sequence']} of agent {call['agent']} ({call['api']}, {call['finish_reason']}{by})")
         if same:
             print(f"  ({same} messages as before)")
         for message in messages[same:]:
             print(_indented(message))
-        print(_indented(f"=> {tokenizer.decode(call['response_token_ids'])}"))
+        reply = reply_of(call["response"]) if call["response"] else tokenizer.decode(call["response_token_ids"])
+        print(_indented(f"=> {reply}"))
+
+
+def reply_of(response: str) -> str:
+    """What an upstream said: the texts of its reply, or of a stream's pieces; the body itself where it holds none."""
+    events = [line.removeprefix("data:") for line in response.splitlines() if line.startswith("data:")]
+    told = []
+    for text in events or [response]:
+        try:
+            told.append(json.loads(text))
+        except ValueError:  # [DONE]
+            continue
+    ends = [
+        event["response"] for event in told if isinstance(event, dict) and event.get("type") == "response.completed"
+    ]
+    return ("" if events and not ends else " ").join(_texts(ends or told)) or response
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            if isinstance(inner, str) and name in SAID:
+                yield inner
+            yield from _texts(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner)
 
 
 def messages_of(request: Row) -> list[str]:
@@ -149,8 +183,11 @@ def _tell_recorded(config: Config, calls: list[Row], records: dict[str, list[Row
         f"recorded: {len(calls)} calls, {prompt} prompt and {sampled} sampled tokens of policy version "
         f"{', '.join(map(str, versions)) or 'none'}, {len(records['rewards'])} rewards, {len(records['spans'])} spans"
     )
+    for policy in sorted({call["policy"] for call in calls if call["policy"].startswith(UPSTREAM)}):
+        costs = [call["cost"] for call in calls if call["policy"] == policy]
+        print(f"{policy}: {len(costs)} calls, {sum(costs):.6g} dollars; not trained")
     for trajectory in build(calls):
-        meant = config.agent.trains(trajectory.agent)
+        meant = config.trains(trajectory.agent)
         made = [node.call for node in trajectory.nodes]
         trained = sum(len(call["response_token_ids"]) for call in made if meant and call["trainable"])
         why = Counter(
@@ -181,10 +218,10 @@ def main(arguments: list[str]) -> int:
         config = config_to_try(load(asked.config, asked.overrides))
         task = choose_task(config, asked.task)
         check(config)
+        return try_agent(config, task)
     except ConfigError as error:
         print(f"raygent: {error}", file=sys.stderr)
         return 2
-    return try_agent(config, task)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import re
 import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raygent.algorithms.named import NAMES, PROMPT_NAMES, Named, algorithm
 
 PATH_BYTES = 4096  # Linux's longest path, with the NUL at its end
 
@@ -28,6 +30,11 @@ class ConfigError(Exception):
 
 
 Text = Annotated[str, Field(min_length=1)]
+PromptName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+PolicyName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=64)]
+POLICY = "policy"  # the one that all agents share, and the model name under which the engine serves
+BASE = "base"  # the model as it is, of agents that have no policy
+OPTIMISER = "optimiser"  # the agent as which prompts are improved: it has the policy, or the upstream that names it
 
 
 class Section(BaseModel):
@@ -67,13 +74,12 @@ class Agent(Section):
     run: Text | None = None  # "agent.py:answer"
     command: list[Text] | None = Field(None, min_length=1)
     train: list[Text] = Field(["*"], min_length=1)  # patterns of agent names
+    policies: dict[PolicyName, Annotated[list[Text], Field(min_length=1)]] = {}  # an adapter's name: patterns of agents
     timeout_s: float = Field(300.0, gt=0)
     max_calls: int = Field(50, ge=1)
     in_: Literal["process", "subprocess"] = Field("process", alias="in")
-
-    def trains(self, agent: str) -> bool:
-        """Whether the calls of the agent of that name are trained."""
-        return any(fnmatch(agent, pattern) for pattern in self.train)
+    memory_mb: int | None = Field(None, ge=1)  # MiB of all processes of one rollout's agent; None: no limit
+    processes: int | None = Field(None, ge=1)  # of one rollout's agent
 
     @model_validator(mode="after")
     def one_way_to_run(self) -> Agent:
@@ -84,6 +90,16 @@ class Agent(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def limits_of_a_process(self) -> Agent:
+        for key in ("memory_mb", "processes"):
+            if getattr(self, key) is not None and self.command is None and self.in_ == "process":
+                raise ValueError(
+                    f"agent.{key}: agents in a worker's own process cannot be limited one by one; set "
+                    f'agent.in = "subprocess", or leave {key} out'
+                )
+        return self
+
 
 class Grader(Section):
     run: Text | None = None  # "grade.py:rows_equal"; None: the agent gives the reward
@@ -92,10 +108,42 @@ class Grader(Section):
 
 
 class Data(Section):
-    train: Text
+    train: Text | None = None  # may be missing where rollouts or chats are given
     eval: Text | None = None
+    rollouts: Text | None = None  # the folder of a run whose rollouts are trained on, in place of the policy's own
+    chats: Text | None = None  # JSONL or Parquet of conversations that sft trains on
+
+    @model_validator(mode="after")
+    def one_source(self) -> Data:
+        if not (self.train or self.rollouts or self.chats):
+            raise ValueError('data.train: missing; write train = "train.jsonl"')
+        if self.rollouts and self.chats:
+            raise ValueError("data.chats: given beside data.rollouts; one of them is trained on")
+        return self
 
 
+# The advantage estimators of verl 0.9.1 that need no more than rewards, groups and a greedy baseline, each with whether it
+# compares the rollouts of a group.
+ADVANTAGES = {
+    "grpo": True,
+    "grpo_vectorized": True,
+    "grpo_passk": True,
+    "rloo": True,
+    "rloo_vectorized": True,
+    "opo": True,
+    "gpg": True,
+    "reinforce_plus_plus_baseline": True,
+    "reinforce_plus_plus": False,
+}
+# The others, and why they are not there.
+NO_ADVANTAGES = {
+    "gae": 'it needs a critic; write algorithm.name = "ppo"',
+    "remax": 'it needs greedy rollouts; write algorithm.name = "remax"',
+    "gdpo": "it needs rewards of several kinds by name",
+    "optimal_token_baseline": "it needs the sum over the vocabulary of squared probabilities, which nobody records",
+    "tir_optimal_token_baseline": "it needs the sum over the vocabulary of squared probabilities, which nobody records",
+}
+MEASURES = {"current", "reference", "values"}
 # The losses of verl 0.9.1 that a weight a token goes through soundly. "gspo" takes a path for its sequence.
 SOUND_LOSSES = ("vanilla", "cispo", "gpg", "gspo", "dppo_tv", "dppo_kl")
 # Those it does not, and why.
@@ -110,7 +158,7 @@ UNSOUND_LOSSES = {
 
 
 class Algorithm(Section):
-    name: Literal["grpo"] = "grpo"
+    name: Text = "grpo"  # one of algorithms.named.NAMES, or a file of the user's own
     group_size: int = Field(8, ge=1)
     tasks_per_step: int = Field(16, ge=1)
     staleness: int = Field(0, ge=0)  # policy versions a sampled token may lag behind the step that trains it
@@ -118,22 +166,46 @@ class Algorithm(Section):
     clip_low: float = Field(0.2, ge=0)
     clip_high: float = Field(0.2, ge=0)
     loss: str = "vanilla"  # the name of a policy loss verl registers
-    normalise_std: bool = True  # False: Dr.GRPO
+    advantage: str | None = None  # the name of an estimator verl registers, in place of the algorithm's own
+    aggregation: Literal["rollout", "token", "constant"] = "rollout"  # what each token counts: see batch.weigh
+    horizon: int | None = Field(None, ge=1)  # tokens, of aggregation "constant"; None: model.max_tokens
+    credit: Literal["rollout", "turn"] = "rollout"  # turn: rewards of single calls count from that call on
+    discount: float = Field(1.0, gt=0, le=1)  # of credit by turn, a turn; of reinforce_plus_plus and ppo, a token
+    gae_lambda: float = Field(1.0, ge=0, le=1)  # of ppo
+    refills: int = Field(0, ge=0)  # how often groups without signal are replaced by others within a step
+    overlong_tokens: int = Field(0, ge=0)  # sampled in a rollout from which on its reward is 1 less; 0: no punishment
+    overlong_buffer: int = Field(0, ge=0)  # tokens before that in which the punishment grows
+    normalise_std: bool = True
     drop_flat_groups: bool = True  # groups without signal are left out of the loss
     mini_batches: int = Field(1, ge=1)  # optimiser steps a batch
-    kl: float = Field(0.0, ge=0)  # weight of the KL to the reference (the first weights) in the loss
-    kl_kind: Literal["k2", "k3"] = "k3"  # k1 has no gradient of use in a loss
+    kl: float = Field(0.0, ge=0)  # weight of the KL to the reference (the first weights)
+    kl_in: Literal["loss", "reward"] = "loss"
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"
     entropy: float = Field(0.0, ge=0)  # weight of the entropy bonus
+    threshold: float | None = None  # of sft: the reward a winner has at least; None: the best of its task's rollouts
+    beta: float = Field(0.1, gt=0)  # of dpo
+    teacher: Text | None = None  # of distill: a model with the tokenizer of model.path
+    # of those that change prompts
+    selection_tasks: int = Field(100, ge=1)  # of data.train, on which candidates are scored; the others are learnt from
+    beam: int = Field(4, ge=1)  # candidates that apo keeps from step to step
+    edits: int = Field(4, ge=1)  # new candidates a step: of apo for each of the beam, of bootstrap_fewshot in all
+    demonstrations: int = Field(4, ge=1)  # of bootstrap_fewshot, in a prompt at most
+    max_rollouts: int = Field(0, ge=0)  # of training tasks, after which no step begins; 0: no limit
 
     @model_validator(mode="after")
     def groups_compare(self) -> Algorithm:
-        if self.group_size < 2:
-            raise ValueError("algorithm.group_size: GRPO compares the rollouts of a group; use 2 or more (8 is usual)")
-        if self.min_group > self.group_size:
+        if self.min_group > self.group_size > 1:
             raise ValueError(
                 f"algorithm.min_group: {self.min_group} is more than algorithm.group_size = {self.group_size}, so every "
                 "group would be dropped; lower it"
             )
+        if self.overlong_tokens and not 0 < self.overlong_buffer <= self.overlong_tokens:
+            raise ValueError(
+                f"algorithm.overlong_buffer: {self.overlong_buffer} is not within 1 and algorithm.overlong_tokens = "
+                f"{self.overlong_tokens}; a fifth of it is usual"
+            )
+        if self.kl_kind == "k1" and self.kl and self.kl_in == "loss":
+            raise ValueError('algorithm.kl_kind: k1 has no gradient of use in a loss; use "k3", or kl_in = "reward"')
         if self.tasks_per_step * self.group_size % self.mini_batches:
             raise ValueError(
                 f"algorithm.mini_batches: {self.tasks_per_step} tasks x {self.group_size} rollouts do not divide into "
@@ -143,6 +215,14 @@ class Algorithm(Section):
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Lora(Section):
+    """Low-rank adapters in place of all weights (https://arxiv.org/abs/2106.09685)."""
+
+    rank: int = Field(16, ge=1, le=512)
+    alpha: float = Field(32.0, gt=0)  # the adapter counts alpha / rank times
+    targets: list[Text] | None = Field(None, min_length=1)  # names of linear layers; None: all but the head
 
 
 class Learner(Section):
@@ -157,10 +237,20 @@ class Learner(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     micro_batch_tokens: int = Field(16384, ge=1)  # padded tokens a forward pass takes at most (one sample always fits)
     gradient_checkpointing: bool = False
-    lora: None = None  # not there yet
+    lora: Lora | None = None  # None: all weights are trained
     gpus: float = Field(0, ge=0, le=1)  # a rank; a part of one, as 0.5, shares it with an engine
     threads: int = Field(1, ge=1)  # a rank, on CPU
     gate: float = Field(0.02, gt=0)  # the start gate's bound on the mean |engine - learner| logprob difference
+
+
+class Critic(Section):
+    """Of ppo: what it has otherwise than [learner]."""
+
+    learning_rate: float = Field(1e-5, ge=0)
+    ranks: int | None = Field(None, ge=1)  # None: as many as the learner
+    gpus: float | None = Field(None, ge=0, le=1)  # a rank; None: as the learner
+    clip: float = Field(0.5, gt=0)  # how far a value may move in one step
+    warmup_steps: int = Field(0, ge=0)  # steps in which it alone learns
 
 
 class Engine(BaseModel):
@@ -203,6 +293,25 @@ class Evaluate(Section):
     tasks: int = Field(0, ge=0)  # of data.eval in the evaluations between first and last; 0: all
 
 
+class Upstream(Section):
+    """An endpoint of somebody else's that agents have for a model: a judge, a frozen planner, a vendor's model."""
+
+    agents: list[Text] = Field(min_length=1)  # patterns of the names of agents that have it
+    base_url: Text  # as a client gets it: most end with /v1
+    model: Text
+    api_key_env: Text | None = None  # the environment variable that holds the key; None: it asks for none
+    max_parallel: int = Field(8, ge=1)  # requests at once, of the run
+    requests_per_minute: float = Field(0.0, ge=0)  # of the run; 0: as many as there are
+    price_input: float = Field(0.0, ge=0)  # US dollars per million tokens
+    price_output: float = Field(0.0, ge=0)
+    max_cost: float = Field(0.0, ge=0)  # dollars of the run; 0: no limit
+    timeout_s: float = Field(120.0, gt=0)  # of one call with all its tries, from its turn on
+
+    @property
+    def priced(self) -> bool:
+        return self.price_input > 0 or self.price_output > 0
+
+
 class Wandb(Section):
     project: Text = "raygent"
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online where logged in, else offline
@@ -216,10 +325,13 @@ class Config(Section):
     data: Data
     algorithm: Algorithm = Algorithm()
     learner: Learner = Learner()
+    critic: Critic = Critic()
     engine: Engine = Engine()
     workers: Workers = Workers()
     evaluate: Evaluate = Evaluate()
     wandb: Wandb = Wandb()
+    prompts: dict[PromptName, Text] = {}  # by name, the file of its first version
+    upstream: dict[str, Upstream] = {}  # by name
     path: str = ""  # of the TOML itself, set by load()
 
     def to_toml(self) -> str:
@@ -235,15 +347,208 @@ class Config(Section):
     def run_directory(self) -> Path:
         return Path(self.run.directory) / self.run.name
 
+    def upstream_of(self, agent: str) -> str | None:
+        """The upstream that the agent of that name has for a model, the first that fits; None: it has the policy."""
+        return _first(agent, {name: upstream.agents for name, upstream in self.upstream.items()})
+
+    def upstream_keys(self) -> dict[str, str]:
+        """The upstreams' API keys, by name, from this process's environment. Raises ConfigError where one is not set."""
+        keys = {}
+        for name, upstream in self.upstream.items():
+            if variable := upstream.api_key_env:
+                if not os.environ.get(variable):
+                    raise ConfigError(
+                        f"upstream.{name}.api_key_env: the environment variable {variable} is not set; set it to the key, "
+                        "or leave api_key_env out where none is asked for"
+                    )
+                keys[name] = os.environ[variable]
+        return keys
+
+    @model_validator(mode="before")
+    @classmethod
+    def algorithms_own_defaults(cls, tree: Any) -> Any:
+        """What the algorithm's file has for keys that are not given."""
+        section = tree.get("algorithm", {}) if isinstance(tree, dict) else None
+        if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+            return tree
+        named = algorithm(section["name"], Path(str(tree.get("path", ""))).parent)
+        of_chats = {"threshold": 1.0} if isinstance(data := tree.get("data"), dict) and data.get("chats") else {}
+        return tree | {"algorithm": named.defaults | of_chats | section}
+
+    @property
+    def named_algorithm(self) -> Named:
+        return algorithm(self.algorithm.name, self.folder)
+
+    @property
+    def measures(self) -> list[str]:
+        """What the learners measure of a batch before its advantages are known."""
+        settings, wanted = self.algorithm, set(self.named_algorithm.measures)
+        return sorted(wanted | ({"reference"} if settings.kl and settings.kl_in == "reward" else set()))
+
+    @property
+    def with_reference(self) -> bool:
+        """Whether the learners keep a frozen model beside the policy: the first weights, or the teacher."""
+        return self.algorithm.kl > 0 or "reference" in self.measures
+
+    @property
+    def of_critic(self) -> Config | None:
+        """The same with the critic's settings in [learner]; None where the algorithm has no critic."""
+        if "values" not in self.measures:
+            return None
+        own = {"learning_rate": self.critic.learning_rate, "lora": None}
+        own |= {key: value for key in ("ranks", "gpus") if (value := getattr(self.critic, key)) is not None}
+        return self.model_copy(update={"learner": self.learner.model_copy(update=own)})
+
+    @property
+    def learners(self) -> list[Learner]:
+        """The settings of the policy's learners, and of the critic's where there is one; none where only prompts change."""
+        if self.changes_prompts:
+            return []
+        critic = self.of_critic
+        return [self.learner, critic.learner] if critic else [self.learner]
+
+    @property
+    def recorded(self) -> bool:
+        """Whether what is trained on was recorded before, so that nothing is sampled but in evaluations."""
+        return bool(self.data.rollouts or self.data.chats)
+
+    @property
+    def changes_prompts(self) -> bool:
+        """Whether the run changes prompts, and no weights."""
+        return self.algorithm.name in PROMPT_NAMES
+
+    def first_prompts(self) -> dict[str, str]:
+        """The first version of each prompt, by name, without the white space around it. Raises ConfigError."""
+        texts = {}
+        for name, file in self.prompts.items():
+            key, mend = f"prompts.{name}", "give a text file in UTF-8"
+            path = _file(self, key, file, mend)
+            try:
+                texts[name] = path.read_text(encoding="utf-8-sig").strip()
+            except UnicodeDecodeError as error:
+                raise ConfigError(f"{key}: {path} is not UTF-8 at byte {error.start}; {mend}") from error
+            except OSError as error:
+                raise ConfigError(f"{key}: {path} cannot be read: {error.strerror}; {mend}") from error
+            if not texts[name]:
+                raise ConfigError(f"{key}: {path} is empty; write the first version into it")
+        return texts
+
+    @model_validator(mode="after")
+    def prompts_fit(self) -> Config:
+        if self.changes_prompts and not self.prompts:
+            raise ValueError(
+                f'prompts: missing, and algorithm.name = "{self.algorithm.name}" improves them; add [prompts] with a name '
+                'and the file of the first version, as writer = "writer.txt"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def algorithm_fits(self) -> Config:
+        settings, named = self.algorithm, self.named_algorithm
+        if named.check:
+            named.check(settings)
+        if settings.teacher and settings.name in NAMES and settings.name != "distill":
+            raise ValueError(f"algorithm.teacher: {settings.name} has none; leave it out, or use distill")
+        if named.returns and not settings.drop_flat_groups:
+            raise ValueError(
+                f"algorithm.drop_flat_groups: false leaves the critic of {settings.name} without returns for some; leave it out"
+            )
+        if unknown := set(named.measures) - MEASURES:
+            raise ValueError(
+                f"algorithm.name: {settings.name} has MEASURES {min(unknown)!r}; there are {', '.join(sorted(MEASURES))}"
+            )
+        if "values" in named.measures and not named.returns:
+            raise ValueError(
+                f"algorithm.name: {settings.name} measures values and has no function returns for the critic"
+            )
+        if self.data.rollouts and not named.off_policy:
+            raise ValueError(
+                f"data.rollouts: {settings.name} learns from what its own policy samples; use sft or dpo, or leave it out"
+            )
+        if self.data.chats and settings.name != "sft":
+            raise ValueError(
+                f'data.chats: {settings.name} needs rewards, which chats have not; use algorithm.name = "sft"'
+            )
+        if settings.kl and settings.kl_in == "reward" and settings.credit == "turn" and "values" not in named.measures:
+            raise ValueError(
+                'algorithm.kl_in: credit = "turn" compares the rewards of turns; use kl_in = "loss", or algorithm.name = "ppo"'
+            )
+        if self.recorded and settings.refills:
+            raise ValueError("algorithm.refills: recorded rollouts cannot be replaced by others; leave refills out")
+        if settings.advantage is not None and settings.advantage not in ADVANTAGES:
+            why = NO_ADVANTAGES.get(settings.advantage, "verl 0.9.1 has none of that name")
+            raise ValueError(
+                f"algorithm.advantage: {settings.advantage}: {why}; use one of {', '.join(ADVANTAGES)}, or leave it out"
+            )
+        if settings.advantage and (named.measures or named.off_policy):
+            raise ValueError(
+                f"algorithm.advantage: {settings.name} has its own, by which its loss is made; leave it out"
+            )
+        if settings.kl and settings.kl_in == "reward" and (named.off_policy or settings.teacher):
+            raise ValueError(f'algorithm.kl_in: {settings.name} is not made of rewards alone; use kl_in = "loss"')
+        compares = ADVANTAGES[settings.advantage] if settings.advantage else named.compares_groups
+        if compares and settings.group_size < 2:
+            raise ValueError(
+                f"algorithm.group_size: {settings.advantage or settings.name} compares the rollouts of a group; use 2 or more "
+                "(8 is usual)"
+            )
+        if settings.refills and not compares:
+            raise ValueError(
+                f"algorithm.refills: {settings.name} compares no groups, so none is without signal; leave refills out"
+            )
+        if settings.credit == "turn" and (settings.advantage or not named.credits_turns):
+            raise ValueError(
+                f'algorithm.credit: {settings.advantage or settings.name} weighs whole rollouts; use credit = "rollout", or '
+                "grpo, one of its kind, reinforce_plus_plus or ppo"
+            )
+        if settings.aggregation == "constant" and not (settings.horizon or self.model.max_tokens):
+            raise ValueError(
+                'algorithm.horizon: aggregation = "constant" divides by it; set it to the tokens a rollout may sample, or set '
+                "model.max_tokens"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def upstreams_fit(self) -> Config:
+        for agent in self.agent.train:
+            name = self.upstream_of(agent)
+            if name is not None and not re.search(r"[*?\[]", agent):
+                raise ValueError(
+                    f"agent.train: {agent!r} has upstream.{name} for a model, which is not trained; take it out of "
+                    f"agent.train or of upstream.{name}.agents"
+                )
+        for name, upstream in self.upstream.items():
+            if re.match(r"(\w+://)?[^/?#]*@", upstream.base_url):
+                raise ValueError(
+                    f"upstream.{name}.base_url: has a user or a password before its host, which logs would show; take them "
+                    f"out, and name the environment variable that holds the key in upstream.{name}.api_key_env"
+                )
+            if not re.match(r"https?://[^\s/]", upstream.base_url):
+                raise ValueError(
+                    f"upstream.{name}.base_url: {upstream.base_url!r} is no URL; write it as a client gets it, as "
+                    '"https://api.openai.com/v1"'
+                )
+            if upstream.max_parallel < self.engine.replicas:
+                raise ValueError(
+                    f"upstream.{name}.max_parallel: {upstream.max_parallel} is less than engine.replicas = "
+                    f"{self.engine.replicas}, each of which takes its share; raise it"
+                )
+            if upstream.max_cost and not upstream.priced:
+                raise ValueError(
+                    f"upstream.{name}.max_cost: nothing is known to cost anything; set upstream.{name}.price_input and "
+                    "price_output, in dollars per million tokens"
+                )
+        return self
+
     @model_validator(mode="after")
     def whole(self) -> Config:
         rollouts = self.algorithm.tasks_per_step * self.algorithm.group_size
-        if rollouts % self.learner.ranks:
+        if self.learners and rollouts % self.learner.ranks:
             raise ValueError(
                 f"learner.ranks: {rollouts} rollouts a step (algorithm.tasks_per_step x algorithm.group_size) do not "
                 f"divide over {self.learner.ranks} ranks; choose a divisor of {rollouts}"
             )
-        if self.engine.gpus and not self.learner.gpus:
+        if self.engine.gpus and self.learners and not self.learner.gpus:
             raise ValueError(
                 "learner.gpus: engines on GPUs take their weights from learners on GPUs; set learner.gpus = 1"
             )
@@ -251,21 +556,62 @@ class Config(Section):
             raise ValueError(
                 f"engine.gpus: {self.engine.gpus} is neither a whole number nor a part of one; choose {self.engine.gpus:.0f}"
             )
-        if self.engine.continuation == "exact" and self.engine.replicas > 1:
+        if self.agent.policies and not self.learner.lora:
             raise ValueError(
-                'engine.continuation: "exact" needs all calls of a conversation at one replica; set engine.replicas = 1, '
-                "or leave it out"
+                "agent.policies: a policy of an agent's own is a LoRA adapter; add [learner.lora] with rank = 16, or leave "
+                "agent.policies out"
             )
+        if self.learner.lora and self.engine.gpus and (self.engine.dtype or self.learner.dtype) == "float32":
+            raise ValueError(
+                'engine.dtype: on GPUs vLLM runs LoRA adapters in half precision alone; set engine.dtype = "bfloat16"'
+            )
+        if reserved := {POLICY, BASE} & self.agent.policies.keys():
+            raise ValueError(f"agent.policies: the name {min(reserved)} means another thing; take another")
+        for name in self.agent.train:
+            if not set(name) & set("*?[") and self.policy_of(name) == BASE:
+                raise ValueError(
+                    f"agent.train: {name} has no policy to train; add it to one in agent.policies, or leave it out of agent.train"
+                )
         if 0 < self.engine.gpus < 1 < self.engine.replicas:
             raise ValueError("engine.gpus: replicas do not share a GPU; set engine.gpus = 1, or engine.replicas = 1")
-        if 0 < self.learner.gpus < 1 < self.learner.ranks:
-            raise ValueError("learner.gpus: ranks cannot share a GPU; set learner.gpus = 1, or learner.ranks = 1")
+        for section, learner in zip(("learner", "critic"), self.learners, strict=False):
+            if 0 < learner.gpus < 1 < learner.ranks:
+                raise ValueError(
+                    f"{section}.gpus: ranks cannot share a GPU; set {section}.gpus = 1, or {section}.ranks = 1"
+                )
         return self
 
     @property
     def nccl(self) -> bool:
-        """Whether weights go from GPU to GPU; processes that share one GPU cannot, their weights go through memory."""
-        return self.learner.gpus == 1 and self.engine.gpus >= 1
+        """Whether weights go from GPU to GPU; processes that share one GPU cannot, their weights go through memory. Adapters
+        are small and go as bytes."""
+        return self.learner.gpus == 1 and self.engine.gpus >= 1 and not self.learner.lora
+
+    @property
+    def adapters(self) -> list[str]:
+        """The policies that are LoRA adapters; none where all weights are trained."""
+        return (sorted(self.agent.policies) or [POLICY]) if self.learner.lora else []
+
+    def policy_of(self, agent: str) -> str:
+        """The policy that samples the calls of the agent of that name: with agent.policies the first with a pattern that
+        fits, or the model as it is."""
+        if not self.agent.policies:
+            return POLICY
+        return _first(agent, self.agent.policies) or BASE
+
+    def trains(self, agent: str) -> bool:
+        """Whether the calls of the agent of that name are trained."""
+        own = self.upstream_of(agent) is None and self.policy_of(agent) != BASE
+        return own and _fits(agent, self.agent.train)
+
+
+def _fits(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _first(agent: str, owners: dict[str, list[str]]) -> str | None:
+    """The first of `owners` with a pattern that fits the agent's name."""
+    return next((owner for owner, patterns in owners.items() if _fits(agent, patterns)), None)
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -334,10 +680,10 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}: unknown key; {_near(loc)}"
     if kind == "missing":
         return f"{key}: missing; {_MISSING.get(key, 'add it to the TOML')}"
+    if kind == "model_type" and loc[0] == "upstream":
+        return f"{key}: a value, and not an upstream; each has a name: write [upstream.NAME] and its keys below it"
     if kind == "model_type":
         return f"{key}: a section, not the value {given}; {_MISSING.get(key, f'write [{key}] and its keys below it')}"
-    if kind == "none_required":
-        return f"{key}: not there yet; leave it out"
     mend = _MENDS.get(key) or _MENDS.get(kind) or first["msg"].removeprefix("Input ")
     return f"{key}: {mend[0].lower() + mend[1:]}, not {given}"
 
@@ -356,10 +702,10 @@ _MISSING = {
     "model.path": 'write path = "a Hugging Face id or a folder"',
     "agent": 'add a section [agent] with run = "agent.py:answer"',
     "data": 'add a section [data] with train = "train.jsonl"',
-    "data.train": 'write train = "train.jsonl"',
 }
 _MENDS = {
     "run.name": "a name of at most 64 letters, digits and . _ - that begins with a letter or digit",
+    "upstream": "each has a name, [upstream.NAME] and its keys below it",
     "too_short": "should have at least one entry",
     "string_too_short": "should not be empty",
     "finite_number": "should be a finite number",
@@ -378,14 +724,21 @@ def _near(loc: list[str]) -> str:
 
 def homes_of(name: str) -> list[str]:
     """The sections that have a key `name`."""
-    return [section for section in keys_of([]) if name in keys_of([section])]
+    named = {"upstream": ["upstream", "NAME"]}
+    sections = [named.get(section, [section]) for section in keys_of([]) if section != "prompts"]
+    return [".".join(section) for section in sections if name in keys_of(section)]
 
 
 def keys_of(loc: list[str]) -> list[str]:
     """The keys of the section at `loc`, as the TOML has them; of the whole file for []."""
     model: Any = Config
     for part in loc:
-        model = model.model_fields[part].annotation
+        if get_origin(model) is dict:
+            model = get_args(model)[1]
+            continue
+        found = model.model_fields[part].annotation
+        sections = (one for one in get_args(found) if hasattr(one, "model_fields"))
+        model = found if get_origin(found) in (dict, None) else next(sections, found)
     return [info.alias or name for name, info in model.model_fields.items() if loc or name != "path"]
 
 
@@ -394,7 +747,15 @@ def _absolute(config: Config) -> Config:
     for key in ("train", "eval"):
         if value := getattr(config.data, key):
             setattr(config.data, key, str(_file(config, f"data.{key}", value, "give a JSONL or Parquet file of tasks")))
-    config.model.path = _model(config)
+    if config.data.rollouts:
+        config.data.rollouts = str(_run_folder(config, config.data.rollouts))
+    if config.data.chats:
+        config.data.chats = str(_file(config, "data.chats", config.data.chats, "give a JSONL or Parquet file of chats"))
+    config.model.path = _model(config, "model.path", config.model.path)
+    if config.algorithm.teacher:
+        config.algorithm.teacher = _model(config, "algorithm.teacher", config.algorithm.teacher)
+    config.prompts = {name: str(_beside(config, f"prompts.{name}", file)) for name, file in config.prompts.items()}
+    config.first_prompts()
     if config.model.chat_template:
         template = _file(
             config, "model.chat_template", config.model.chat_template, "give a Jinja file, or leave it out"
@@ -436,16 +797,23 @@ def _file(config: Config, key: str, value: str, mend: str) -> Path:
     return path
 
 
-def _model(config: Config) -> str:
+def _run_folder(config: Config, value: str) -> Path:
+    path = _beside(config, "data.rollouts", value)
+    if not (path / "store").is_dir():
+        raise ConfigError(f"data.rollouts: {path} is no run, with a folder store in it; give the folder of one")
+    return path
+
+
+def _model(config: Config, key: str, value: str) -> str:
     """The absolute path of a folder, or a Hugging Face id as it is."""
-    value, path = config.model.path, _beside(config, "model.path", config.model.path)
+    path = _beside(config, key, value)
     if path.is_dir():
         return str(path)
     if path.is_file():
-        raise ConfigError(f"model.path: {path} is a file; give the folder it lies in, or a Hugging Face id")
+        raise ConfigError(f"{key}: {path} is a file; give the folder it lies in, or a Hugging Face id")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", value):
         there = [folder.name for folder in path.parent.glob("*/")] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, there, 1)
         mend = f"did you mean {path.parent / near[0]}?" if near else "give a Hugging Face id or a folder"
-        raise ConfigError(f"model.path: no folder {path}; {mend}")
+        raise ConfigError(f"{key}: no folder {path}; {mend}")
     return value

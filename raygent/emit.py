@@ -1,8 +1,14 @@
-"""Rewards and spans from inside an agent: no-ops outside a run.
+"""Rewards, spans and names from inside an agent: no-ops outside a run.
 
     raygent.emit_reward(0.5, components={"rows": 1.0, "order": 0.0})
     with raygent.span("search", query=text) as attributes:
         attributes["hits"] = len(search(text))
+
+    client = AsyncOpenAI(http_client=httpx.AsyncClient(event_hooks={"request": [raygent.tag]}))
+
+    @raygent.agent("planner")
+    async def plan(question):
+        ...  # what the client asks for here is planner's
 
 Within a run they go to the sink of the running attempt, found by a context variable: in the agent's own thread, task,
 and the tasks and `asyncio.to_thread` calls it starts. A thread that the agent starts itself finds it when it runs in
@@ -11,38 +17,57 @@ and the tasks and `asyncio.to_thread` calls it starts. A thread that the agent s
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import math
 import numbers
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Generator, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 EVENTS_FILE = "RAYGENT_EVENTS"
+AGENT_HEADER = "x-raygent-agent"
+F = TypeVar("F", bound=Callable[..., Any])
 Sink = Callable[[str, dict[str, Any]], None]  # (table "rewards" or "spans", the record's own fields)
 
 sink: ContextVar[Sink | None] = ContextVar("raygent_sink", default=None)
+acting: ContextVar[str] = ContextVar("raygent_agent", default="")  # the agent whose function runs
 
 
 def emit_reward(
-    value: float, name: str = "reward", agent: str = "", components: dict[str, float] | None = None
+    value: float,
+    name: str = "reward",
+    agent: str = "",
+    components: dict[str, float] | None = None,
+    call: int | None = None,
 ) -> None:
-    """Record a reward of the running rollout, or of one of its agents by name.
+    """Record a reward of the running rollout, of one of its agents by name, or of one model call.
 
-    The last one named "reward" without an agent is the rollout's, unless a grader or the agent's return value gives it.
-    Raises TypeError or ValueError where a value is no finite number.
+    `call`: which call of the rollout, from 0 in the order of their replies; with `agent`, which of that agent's. The last one
+    named "reward" without agent and call is the rollout's, unless a grader or the agent's return value gives it.
+    Raises TypeError or ValueError where a value is no finite number, or `call` none from 0 on.
     """
-    fields = {
+    _emit("rewards", reward_fields(value, name, agent, components, call))
+
+
+def reward_fields(
+    value: Any, name: str = "reward", agent: str = "", components: dict[str, Any] | None = None, call: Any = None
+) -> dict[str, Any]:
+    """A reward's own fields, of now. Raises TypeError or ValueError as emit_reward does."""
+    if call is not None and (isinstance(call, bool) or not isinstance(call, int) or not 0 <= call < 2**31):
+        raise ValueError(f"a reward's call is a number from 0 on, not {call!r}")
+    return {
         "value": finite(value, "a reward"),
         "name": str(name),
         "agent": str(agent or ""),
         "components": {str(key): finite(part, f"the component {key!r}") for key, part in (components or {}).items()},
+        "call_sequence": -1 if call is None else call,
         "time": time.time(),
     }
-    _emit("rewards", fields)
 
 
 @contextmanager
@@ -57,6 +82,62 @@ def span(name: str, kind: str = "note", **attributes: Any) -> Iterator[dict[str,
     finally:
         times = {"started": started, "finished": time.time()}
         _emit("spans", {"kind": str(kind), "name": str(name), "attributes": attributes} | times)
+
+
+def agent(name: str) -> Callable[[F], F]:
+    """A decorator of a function, sync or async: in a run its work is a span of kind "agent" under `name`, and model calls by
+    clients with `tag` or `headers()` are recorded, rewarded and trained as those of the agent `name`.
+
+    Raises ValueError for a name that no HTTP header can hold, TypeError for a generator, whose work ends after its call.
+    """
+    if not (name.isascii() and name.isprintable() and name == name.strip() and name):
+        raise ValueError(f"@agent: {name!r} goes into an HTTP header; use printable ASCII without spaces around it")
+
+    @contextmanager
+    def at_work() -> Iterator[None]:
+        if not in_run():
+            yield
+            return
+        token = acting.set(name)
+        try:
+            with span(name, kind="agent"):
+                yield
+        finally:
+            acting.reset(token)
+
+    def marked(function: Any) -> Any:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(f"@agent: {function.__qualname__} is a generator; mark the function that goes through it")
+        if not inspect.iscoroutinefunction(function):
+            return at_work()(function)
+
+        @functools.wraps(function)
+        async def call(*positional: Any, **named: Any) -> Any:
+            with at_work():
+                return await function(*positional, **named)
+
+        return call
+
+    return marked
+
+
+def headers() -> dict[str, str]:
+    """For a client's model calls, where it takes headers by call: the name of the agent that runs, if one does."""
+    return {AGENT_HEADER: acting.get()} if acting.get() else {}
+
+
+def tag(request: Any) -> Awaitable[None]:
+    """A request hook for httpx.Client and httpx.AsyncClient, which openai and anthropic are built on: adds `headers()`."""
+    for name, value in headers().items():
+        request.headers.setdefault(name, value)
+    return _Nothing()
+
+
+class _Nothing:
+    """What AsyncClient awaits, and Client leaves alone."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        yield from ()
 
 
 def finite(value: Any, what: str) -> float:
@@ -76,6 +157,10 @@ def finite(value: Any, what: str) -> float:
 def scalar(value: Any) -> Any:
     """One number of numpy's or torch's as Python's own; else `value` itself."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
+
+
+def in_run() -> bool:
+    return sink.get() is not None or EVENTS_FILE in os.environ
 
 
 def _emit(table: str, fields: dict[str, Any]) -> None:

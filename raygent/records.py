@@ -8,18 +8,32 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
 
-Mode = Literal["train", "eval"]
+# greedy: as train, but of the likeliest tokens, and never trained; score: a training task under a prompt that is tried;
+# ask: not the agent, but the model that improves prompts, asked once.
+Mode = Literal["train", "eval", "greedy", "score", "ask"]
+OWN_SAMPLING = ("eval", "score", "ask")  # modes in which the agent's own sampling parameters are in force
+UPSTREAM = "upstream:"  # begins the policy of a call that an upstream answered
 
 # The winning attempt succeeded, or ended in an outcome of the agent's own making, which the configured reward answers.
 SUCCEEDED = "succeeded"
-OUTCOMES = ("agent_error", "timeout", "max_calls", "context_overflow", "no_call", "no_reward", "grader_error")
+OUTCOMES = (
+    "agent_error",
+    "timeout",
+    "over_memory",
+    "over_processes",
+    "max_calls",
+    "context_overflow",
+    "no_call",
+    "no_reward",
+    "grader_error",
+)
 # Ours to answer for: these attempts are made again and never trained on.
-INFRASTRUCTURE = ("lease_lost", "engine_lost", "incomplete", "store_restarted")
+INFRASTRUCTURE = ("lease_lost", "engine_lost", "upstream_lost", "incomplete", "store_restarted")
 # A rollout's status: queued, running, then one of the ends.
 #   succeeded  an attempt won with outcome "succeeded"
 #   failed     an attempt won with one of OUTCOMES; its reward is grader.failed_reward
@@ -37,6 +51,13 @@ class Task:
     private: Any = None
 
 
+class PromptVersion(TypedDict):
+    """A prompt as one rollout has it: the version's number and its text."""
+
+    version: int
+    text: str
+
+
 @dataclass
 class Rollout:
     """One run of the agent on one task: `index` of its `group_id`, made for driver step `step`."""
@@ -50,6 +71,7 @@ class Rollout:
     input: Any
     private: Any = None
     resource_version: int = 0  # policy version asked for (eval: pinned; train: the newest when it was queued)
+    prompts: dict[str, PromptVersion] = field(default_factory=dict)  # by name
 
 
 @dataclass(frozen=True)
@@ -72,6 +94,8 @@ class Call:
     prompt_logprobs_only, ...): such tokens never get a loss mask.
     `own_tokens`: with exact continuation how many of the prompt's first tokens are an earlier call's own, in place of those
     that the template rendered; 0 where the prompt is as it was rendered.
+    A call that an upstream answered has no tokens, `policy` "upstream:NAME" and `untrainable_why` "upstream"; `response` is
+    the reply's body (of a stream its events, as they came) and `cost` what it cost in US dollars by the config's prices.
     """
 
     rollout_id: str
@@ -81,7 +105,7 @@ class Call:
     request_id: str
     choice: int
     agent: str
-    policy: str
+    policy: str  # "policy"; an adapter by its name, "base"; "upstream:NAME"
     api: str  # chat | completions | responses | messages
     request: str  # JSON of the body as the client sent it
     prompt_token_ids: list[int]
@@ -97,11 +121,13 @@ class Call:
     started: float
     finished: float
     sequence: int = -1
+    response: str = ""
+    cost: float = 0.0
 
 
 @dataclass
 class Span:
-    """Any other event of an attempt. `kind`: log, stdout, tool, exception, note. `attributes` is JSON."""
+    """Any other event of an attempt. `kind`: log, stdout, tool, exception, note, agent, otlp. `attributes` is JSON."""
 
     rollout_id: str
     attempt: int
@@ -117,7 +143,8 @@ class Span:
 
 @dataclass
 class Reward:
-    """A number for a rollout, one call (`call_sequence` >= 0) or one agent (`agent` != "")."""
+    """A number for a rollout, one agent (`agent` != "") or one call: the `call_sequence`-th of the rollout, or of that agent, from
+    0 in the order of the calls' `sequence`; -1: none."""
 
     rollout_id: str
     attempt: int
@@ -178,6 +205,8 @@ CALLS = pa.schema(
         ("own_tokens", pa.int32()),
         ("started", pa.float64()),
         ("finished", pa.float64()),
+        ("response", pa.large_string()),
+        ("cost", pa.float64()),
     ]
 )
 SPANS = pa.schema(
@@ -237,6 +266,7 @@ ROLLOUTS = pa.schema(
         ("input", pa.large_string()),  # JSON
         ("private", pa.large_string()),  # JSON
         ("resource_version", pa.int32()),
+        ("prompts", pa.large_string()),  # JSON: name -> {"version", "text"}
         ("status", pa.string()),
         ("outcome", pa.string()),
         ("winning_attempt", pa.int32()),  # 0 while none has won
@@ -245,6 +275,21 @@ ROLLOUTS = pa.schema(
         ("trained_step", pa.int32()),  # the learner step that took it, -1 where none did
         ("queued", pa.float64()),
         ("ended", pa.float64()),
+    ]
+)
+# Not of the log: the driver owns the file, and writes it whole (prompt_table.py).
+PROMPTS = pa.schema(
+    [
+        ("name", pa.string()),
+        ("version", pa.int32()),  # from 0, the first, within the name
+        ("parents", pa.list_(pa.int32())),  # versions of the same name that it was made from
+        ("text", pa.large_string()),
+        ("origin", pa.string()),  # first | apo | gepa | bootstrap
+        ("step", pa.int32()),  # in which it was made
+        ("critique", pa.large_string()),  # of the parent, as the optimiser's model wrote it
+        ("score", pa.float64()),  # mean reward on the selection tasks of the best candidate with it; null: not tried
+        ("tasks", pa.int32()),  # selection tasks behind the score
+        ("best", pa.bool_()),  # part of the best candidate
     ]
 )
 SCHEMAS = {"rollouts": ROLLOUTS, "attempts": ATTEMPTS, "calls": CALLS, "spans": SPANS, "rewards": REWARDS}
@@ -277,9 +322,10 @@ class Sample:
     Position t holds a token, and what is known of its sampling: `loss_mask[t]` is True only where token t was sampled
     by a trained agent's policy and is counted in this sample (a token shared by several paths is masked in one alone).
     `logprobs[t]` is the engine's log-probability of token t given tokens < t, `advantages[t]` its advantage, and
-    `policy_versions[t]` the version that sampled it; all three are 0 where the mask is False.
-    `weight` multiplies the loss of each masked token: the weights are set over the whole batch so that a rollout's total
-    does not depend on how many samples it split into, and the sum over the batch of weight x masked tokens is 1.
+    `policy_versions[t]` the version that sampled it, -1 where that was no policy of the run; all are 0 where the mask is False.
+    With a critic `values[t]` is what it had expected before token t and `returns[t]` what it has to learn; else both are None.
+    `weight` multiplies the loss of each masked token (batch.weigh), and `share` is the part of the batch that the sample stands
+    for: the shares of a batch sum to 1.
     """
 
     rollout_id: str
@@ -292,6 +338,9 @@ class Sample:
     policy_versions: np.ndarray  # int32 [T]
     temperature: np.ndarray  # float32 [T], the temperature token t was sampled at; 1 where the mask is False
     weight: float = 0.0
+    share: float = 0.0
+    values: np.ndarray | None = None  # float32 [T]
+    returns: np.ndarray | None = None  # float32 [T]
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -12,16 +12,14 @@ from raygent.records import Task
 KEYS = ("id", "input", "private")
 
 
-def load_tasks(path: str | Path, key: str = "data.train") -> list[Task]:
-    """Read tasks: each row has `id` (unique), `input`, and optionally `private`.
+def load_tasks(path: str | Path | None, key: str = "data.train") -> list[Task]:
+    """Read tasks: each row has `id` (unique), `input`, and optionally `private`; none where there is no path.
 
     Raises ConfigError, naming `key` and the line, for a row that is no task.
     """
-    path = Path(path)
-    try:
-        rows = _parquet_rows(path, key) if path.suffix == ".parquet" else _json_rows(path, key)
-    except OSError as error:
-        raise ConfigError(f"{key}: {path} cannot be read: {error.strerror or error}") from error
+    if path is None:
+        return []
+    path, rows = Path(path), read_rows(path, key)
     tasks: list[Task] = []
     seen: dict[str, str] = {}
     for place, row in rows:
@@ -42,6 +40,15 @@ def load_tasks(path: str | Path, key: str = "data.train") -> list[Task]:
     return tasks
 
 
+def read_rows(path: str | Path, key: str) -> list[tuple[str, Any]]:
+    """The rows of a JSONL or Parquet file, each with the words for its place. Raises ConfigError where it is not to be read."""
+    path = Path(path)
+    try:
+        return _parquet_rows(path, key) if path.suffix == ".parquet" else _json_rows(path, key)
+    except OSError as error:
+        raise ConfigError(f"{key}: {path} cannot be read: {error.strerror or error}") from error
+
+
 def _json_rows(path: Path, key: str) -> list[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -55,7 +62,7 @@ def _json_rows(path: Path, key: str) -> list[tuple[str, Any]]:
             try:
                 rows.append((f"line {number}", json.loads(line)))
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{key}: {path} line {number} is not JSON: {error}; give one task a line") from error
+                raise ConfigError(f"{key}: {path} line {number} is not JSON: {error}; give one row a line") from error
     return rows
 
 

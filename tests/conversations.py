@@ -32,6 +32,7 @@ def rollout(rollout_id: str, group_id: str, reward: float, status: str = "succee
         "input": "null",
         "private": "null",
         "resource_version": 0,
+        "prompts": "{}",
         "status": status,
         "outcome": {"succeeded": "succeeded", "failed": "agent_error"}.get(status, "engine_lost"),
         "winning_attempt": 1,

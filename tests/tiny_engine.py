@@ -1,7 +1,7 @@
 """An engine without a model, for tests of what stands before it: the real gateway over HTTP, the real store behind it.
 
 `TinyEngine` is a Ray actor; `TinyHandle` answers what EngineHandle answers. What the last message says is what happens:
-"overflow" a context overflow, "break" a 500, "slow" two seconds, else a reply at once.
+"overflow" a context overflow, "break" a 500, "judge" an upstream's failing, "slow" two seconds, else a reply at once.
 """
 
 import asyncio
@@ -21,6 +21,16 @@ from raygent.records import CALLS, Call, to_batch
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import tests
 
+TOLD = (
+    "overflow",
+    "over_max_calls",
+    "failed",
+    "upstream_failed",
+    "upstream_waited",
+    "spans",
+    "rewards",
+)  # of an attempt
+
 
 class TinyEngine:
     def __init__(self, secret, store, max_calls, port=0):
@@ -33,20 +43,25 @@ class TinyEngine:
         self.task = asyncio.create_task(self.server.serve())
         while not self.server.started:
             await asyncio.sleep(0.01)
-        return self.server.servers[0].sockets[0].getsockname()[1]
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        return port
 
     async def app(self, scope, receive, send):
         context = gateway.current_call.get()
         task = asyncio.current_task()
         context.state.tasks.add(task)
         try:
-            text = json.loads(await gateway._body(receive))["messages"][-1]["content"]
+            text = json.loads(await gateway._body(receive, gateway.Refusal(send, False)))["messages"][-1]["content"]
             if text == "overflow":
                 return await answer(
                     send, 400, {"error": {"message": "This model's maximum context length is 8 tokens"}}
                 )
             if text == "break":
                 return await answer(send, 500, {"error": {"message": "the engine broke"}})
+            if text == "judge":
+                context.state.failed, context.state.upstream_failed = True, "upstream.vendor: HTTP 500"
+                return await answer(send, 503, {"error": {"message": context.state.upstream_failed}})
             if text == "slow":
                 await asyncio.sleep(2)
             reply = await self.record(context)
@@ -65,13 +80,12 @@ class TinyEngine:
         return reply
 
     async def status(self):
-        return {"source": self.source, "version": 0, "pid": os.getpid()}
+        return {"source": self.source, "url": self.url, "version": 0, "pid": os.getpid()}
 
     async def close_attempts(self, attempts):
         states = {key: self.gateway.end_attempt(*key) for key in attempts}
         return self.source, {
-            key: {name: getattr(state, name) for name in ("overflow", "over_max_calls", "failed", "spans")}
-            | {"calls": state.recorded}
+            key: {name: getattr(state, name) for name in TOLD} | {"calls": state.recorded}
             for key, state in states.items()
         }
 
@@ -83,8 +97,8 @@ async def answer(send, status, body):
 
 
 class TinyHandle:
-    def __init__(self, name, base_url):
-        self.name, self.base_url = name, base_url
+    def __init__(self, name):
+        self.name = name
 
     def ask(self, method, *arguments):
         try:
@@ -108,4 +122,4 @@ def start_tiny_engine(name, secret, store, max_calls=50, port=0):
         .remote(secret, store, max_calls, port)
     )
     port = ray.get(actor.serve.remote())
-    return TinyHandle(name, f"http://127.0.0.1:{port}"), port
+    return TinyHandle(name), port

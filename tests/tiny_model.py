@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 SPECIAL = ["<|pad|>", "<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>"]
+THINK = ["<think>", "</think>"]
 TEMPLATE = """{%- if tools %}<|im_start|>system
 Tools: {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}<|im_end|>
@@ -28,13 +30,25 @@ Tools: {% for tool in tools %}{{ tool | tojson }}
 {% endfor %}
 {%- if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+# As Qwen3's: the reply begins with its thinking, or behind an empty one where `enable_thinking` is false.
+THINKING_TEMPLATE = (
+    TEMPLATE.removesuffix("{% endif %}")
+    + """{% if enable_thinking is defined and not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+)
 
 
-def make_tiny_model(folder: str | Path, seed: int = 0, tie: bool = True, context: int = 2048) -> Path:
-    """Save a random LlamaForCausalLM (about 0.1M parameters, 261 byte-level tokens, hermes-style tool calls) in `folder`."""
+def make_tiny_model(
+    folder: str | Path, seed: int = 0, tie: bool = True, context: int = 2048, thinking: bool = False
+) -> Path:
+    """Save a random LlamaForCausalLM (about 0.1M parameters, 261 byte-level tokens, hermes-style tool calls) in `folder`;
+    `thinking`: with a template and the tokens <think> and </think> for it."""
     folder = Path(folder)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: place for place, token in enumerate(SPECIAL + alphabet)}
+    vocabulary = {token: place for place, token in enumerate(SPECIAL + alphabet + THINK * thinking)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -45,8 +59,8 @@ def make_tiny_model(folder: str | Path, seed: int = 0, tie: bool = True, context
         additional_special_tokens=["<|im_start|>"],
         model_max_length=context,
     )
-    fast.add_tokens(["<tool_call>", "</tool_call>"])
-    fast.chat_template = TEMPLATE
+    fast.add_tokens(["<tool_call>", "</tool_call>", *THINK * thinking])
+    fast.chat_template = THINKING_TEMPLATE if thinking else TEMPLATE
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
@@ -70,17 +84,21 @@ def make_tiny_model(folder: str | Path, seed: int = 0, tie: bool = True, context
     return folder
 
 
-def teach(folder: str | Path, replies: dict[str, str], tools: list[dict], steps: int = 60) -> Path:
-    """Train the model in `folder` to give each reply when asked its key, with `tools` offered or not: a few seconds."""
+def teach(folder: str | Path, replies: dict[str, str], tools: list[dict], steps: int = 60, thought: str = "") -> Path:
+    """Train the model in `folder` to give each reply when asked its key, with `tools` offered or not, and with `thought`
+    before it unless `enable_thinking` is false: a few seconds."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     samples = []
     for asked, reply in replies.items():
-        for offered in (None, tools):
+        for offered, template in itertools.product(
+            (None, tools), ({}, {"enable_thinking": False})[: 1 + bool(thought)]
+        ):
             messages = [{"role": "user", "content": asked}]
             prompt = tokenizer.apply_chat_template(
-                messages, tools=offered, add_generation_prompt=True, tokenize=False, return_dict=False
+                messages, tools=offered, add_generation_prompt=True, tokenize=False, return_dict=False, **template
             )
-            samples.append([(prompt, False), (reply + "<|im_end|>", True)])
+            thinks = "" if template else thought
+            samples.append([(prompt, False), (thinks + reply + "<|im_end|>", True)])
     return teach_texts(folder, samples, steps)
 
 

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 import openai
-from database import QueryError, columns, run_query
+from database import try_query
 
 CORRECTIONS = 2
 client = openai.AsyncOpenAI(base_url="http://127.0.0.1", api_key="each call brings its own", max_retries=2)
@@ -36,18 +36,3 @@ def query_in(text: str) -> str:
     """The query in a reply: what stands in its first code block, or else all of it."""
     block = re.search(r"```(?:sql|sqlite)?\s*(.*?)```", text, re.DOTALL | re.IGNORECASE)
     return (block.group(1) if block else text).strip()
-
-
-def try_query(database: str, sql: str) -> str | None:
-    """None if the query gives rows; else what to tell the model: the error, and the columns of the tables it named."""
-    try:
-        if run_query(database, sql):
-            return None
-        error = "no rows"
-    except QueryError as complaint:
-        error = str(complaint)
-    named = set(re.findall(r"\w+", sql.lower()))
-    return "\n".join(
-        [error]
-        + [f"{table}: {' '.join(names)}" for table, names in columns(database).items() if table.lower() in named]
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 import time
 from pathlib import Path
@@ -54,3 +55,18 @@ def columns(database: str) -> dict[str, list[str]]:
         return tables
     finally:
         connection.close()
+
+
+def try_query(database: str, sql: str) -> str | None:
+    """None if the query gives rows; else what to tell the model: the error, and the columns of the tables it named."""
+    try:
+        if run_query(database, sql):
+            return None
+        error = "no rows"
+    except QueryError as complaint:
+        error = str(complaint)
+    named = set(re.findall(r"\w+", sql.lower()))
+    return "\n".join(
+        [error]
+        + [f"{table}: {' '.join(names)}" for table, names in columns(database).items() if table.lower() in named]
+    )

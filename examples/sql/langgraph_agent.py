@@ -1,9 +1,9 @@
-"""The SQL agent as a LangGraph graph of two agents: a writer, and a rewriter that corrects what went wrong.
+"""The SQL agent as a LangGraph graph of three agents: a writer, a checker, and a rewriter that corrects what went wrong.
 
-    write -> execute -> (it failed or gave no row) rewrite -> execute ...
+    write -> check -> execute -> (it failed or gave no row) rewrite -> check -> execute ...
 
 Plain LangGraph and LangChain: each agent has a chat model of its own, and the names of the models are all that tells them
-apart. In production WRITER_MODEL and REWRITER_MODEL name a vendor's.
+apart. In production WRITER_MODEL, CHECKER_MODEL and REWRITER_MODEL name a vendor's.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ import asyncio
 import os
 from typing import Annotated, Any, TypedDict
 
-from agent import query_in, try_query
-from langchain_core.messages import AnyMessage, HumanMessage
+from agent import CORRECTIONS, query_in
+from database import try_query
+from langchain_core.messages import AnyMessage, HumanMessage, SystemMessage
 from langchain_openai import ChatOpenAI
 from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.graph.state import CompiledStateGraph
 
-CORRECTIONS = 2
+CHECK = SystemMessage("Check the query and give it back.")
 
 
 class State(TypedDict):
@@ -30,38 +31,48 @@ class State(TypedDict):
     corrections: int
 
 
-def build(writer: ChatOpenAI, rewriter: ChatOpenAI) -> CompiledStateGraph:
+def build(writer: ChatOpenAI, checker: ChatOpenAI, rewriter: ChatOpenAI) -> CompiledStateGraph:
     async def write(state: State) -> dict[str, Any]:
         reply = await writer.ainvoke(state["messages"])
         return {"messages": [reply], "sql": query_in(reply.text), "corrections": 0}
 
-    async def rewrite(state: State) -> dict[str, Any]:
-        reply = await rewriter.ainvoke(state["messages"])
-        return {"messages": [reply], "sql": query_in(reply.text), "corrections": state["corrections"] + 1}
+    async def check(state: State) -> dict[str, Any]:
+        reply = await checker.ainvoke([CHECK, state["messages"][0], HumanMessage(state["sql"])])
+        return {"sql": query_in(reply.text)}
 
     async def execute(state: State) -> dict[str, Any]:
         complaint = await asyncio.to_thread(try_query, state["database"], state["sql"])
         return {"messages": [HumanMessage(complaint)], "failed": True} if complaint else {"failed": False}
 
+    async def rewrite(state: State) -> dict[str, Any]:
+        reply = await rewriter.ainvoke(state["messages"])
+        return {"messages": [reply], "sql": query_in(reply.text), "corrections": state["corrections"] + 1}
+
     def after(state: State) -> str:
         return "rewrite" if state["failed"] and state["corrections"] < CORRECTIONS else END
 
     graph = StateGraph(State)
-    for node in (write, rewrite, execute):
+    for node in (write, check, execute, rewrite):
         graph.add_node(node.__name__, node)
     graph.add_edge(START, "write")
-    graph.add_edge("write", "execute")
-    graph.add_edge("rewrite", "execute")
+    graph.add_edge("write", "check")
+    graph.add_edge("check", "execute")
+    graph.add_edge("rewrite", "check")
     graph.add_conditional_edges("execute", after)
     return graph.compile()
 
 
 async def answer(task: dict[str, str], model: Any) -> str:
     """The SQL for `task`, as agent.py's. `model`: where the chat models are, by `base_url` and `api_key`."""
-    writer, rewriter = (
-        ChatOpenAI(model=os.environ.get(name, default), base_url=model.base_url, api_key=model.api_key, temperature=0)
-        for name, default in (("WRITER_MODEL", "writer"), ("REWRITER_MODEL", "rewriter"))
+    writer, checker, rewriter = (
+        ChatOpenAI(
+            model=os.environ.get(f"{name.upper()}_MODEL", name),
+            base_url=model.base_url,
+            api_key=model.api_key,
+            temperature=0,
+        )
+        for name in ("writer", "checker", "rewriter")
     )
     question = HumanMessage(f"{task['schema']}\n{task['question']}")
-    final = await build(writer, rewriter).ainvoke({"database": task["database"], "messages": [question]})
+    final = await build(writer, checker, rewriter).ainvoke({"database": task["database"], "messages": [question]})
     return final["sql"]

@@ -15,8 +15,7 @@ import time
 from typing import Any
 
 import torch
-from agent import try_query
-from database import HERE
+from database import HERE, try_query
 from tasks import DATABASES, make_tasks, write_databases
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -44,25 +43,12 @@ Messages = list[dict[str, str]]
 
 def main() -> None:
     started = time.time()
-    sources = [HERE / name for name in ("prepare.py", "tasks.py", "agent.py", "database.py")]
-    recipe = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    done = HERE / "model/recipe"
-    if done.is_file() and done.read_text() == recipe:
+    recipe = recipe_of("prepare.py", "tasks.py", "database.py")
+    if is_made("model", recipe):
         print("data/ and model/ are there already")
         return
-    done.unlink(missing_ok=True)
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or saving a model warns that there is no GPU
-    logging.disable_progress_bar()
-    torch.manual_seed(SEED)
-    torch.set_num_threads(1)
-
-    write_databases()
-    tasks = {split: make_tasks(split, each) for split, each in EACH.items()}
-    for split, rows in tasks.items():
-        (HERE / f"data/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        gold = {row["private"]["sql"] for row in rows}
-        print(f"{split}: {len(rows)} questions, {len(gold)} gold queries")
-
+    settle()
+    tasks = make_data()
     demonstrations = {split: [demonstrate(row) for row in rows] for split, rows in tasks.items()}
     tokenizer = make_tokenizer([message for talk in demonstrations["train"] for message in talk])
     tokenizer.save_pretrained(HERE / "model")
@@ -74,8 +60,41 @@ def main() -> None:
     train = [encode(tokenizer, talk) for talk in demonstrations["train"][:DEMONSTRATIONS]]
     warm_up(model, train, [encode(tokenizer, talk) for talk in demonstrations["validation"]])
     model.save_pretrained(HERE / "model")
-    done.write_text(recipe)
+    (HERE / "model/recipe").write_text(recipe)
     print(f"done in {time.time() - started:.0f} s")
+
+
+def recipe_of(*names: str) -> str:
+    """What tells whether something was made by these files of this folder, as they stand."""
+    return hashlib.sha256(b"".join((HERE / name).read_bytes() for name in names)).hexdigest()
+
+
+def is_made(folder: str, recipe: str) -> bool:
+    """Whether the model in `folder` was made by this recipe; of one that was not, what says which made it is taken away."""
+    done = HERE / folder / "recipe"
+    if done.is_file() and done.read_text() == recipe:
+        return True
+    done.unlink(missing_ok=True)
+    return False
+
+
+def settle() -> None:
+    """One thread, one seed, few words."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or saving a model warns that there is no GPU
+    logging.disable_progress_bar()
+    torch.manual_seed(SEED)
+    torch.set_num_threads(1)
+
+
+def make_data() -> dict[str, list[dict[str, Any]]]:
+    """Write the databases and the tasks. Returns the tasks of each split."""
+    write_databases()
+    tasks = {split: make_tasks(split, each) for split, each in EACH.items()}
+    for split, rows in tasks.items():
+        (HERE / f"data/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        gold = {row["private"]["sql"] for row in rows}
+        print(f"{split}: {len(rows)} questions, {len(gold)} gold queries")
+    return tasks
 
 
 def demonstrate(task: dict[str, Any]) -> Messages:
@@ -112,7 +131,8 @@ def make_tokenizer(messages: Messages) -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(vocabulary: int) -> LlamaForCausalLM:
+def make_model(vocabulary: int, end: int = SPECIAL.index("<|end|>"), context: int = 512) -> LlamaForCausalLM:
+    """`end`: the token that ends a reply; 0 pads."""
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=128,
@@ -121,25 +141,27 @@ def make_model(vocabulary: int) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
-        max_position_embeddings=512,
+        max_position_embeddings=context,
         tie_word_embeddings=True,
         initializer_range=0.08,  # with the usual 0.02 and 10,000 so small a model hardly learns
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
         bos_token_id=None,
-        eos_token_id=SPECIAL.index("<|end|>"),
-        pad_token_id=SPECIAL.index("<|pad|>"),
+        eos_token_id=end,
+        pad_token_id=0,
     )
     return LlamaForCausalLM(config)
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, talk: Messages) -> tuple[list[int], list[int]]:
-    """Token ids of the conversation, and the same as labels, with -100 where the assistant did not write."""
+def encode(tokenizer: PreTrainedTokenizerFast, talk: Any, tools: Any = None) -> tuple[list[int], list[int]]:
+    """Token ids of the conversation with `tools` offered, and the same as labels, with -100 where the assistant did not write."""
     ids: list[int] = []
     labels: list[int] = []
     for end, message in enumerate(talk, 1):
         if message["role"] == "assistant":
-            prompt: Any = tokenizer.apply_chat_template(talk[: end - 1], add_generation_prompt=True, return_dict=False)
-            whole: Any = tokenizer.apply_chat_template(talk[:end], return_dict=False)
+            prompt: Any = tokenizer.apply_chat_template(
+                talk[: end - 1], tools=tools, add_generation_prompt=True, return_dict=False
+            )
+            whole: Any = tokenizer.apply_chat_template(talk[:end], tools=tools, return_dict=False)
             assert whole[: len(ids)] == ids and whole[: len(prompt)] == prompt
             labels += [-100] * (len(prompt) - len(ids)) + whole[len(prompt) :]
             ids = whole
@@ -154,12 +176,14 @@ def to_batch(talks: list[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, to
     return ids, labels
 
 
-def warm_up(model: LlamaForCausalLM, train: list[Any], validation: list[Any]) -> None:
-    """Supervised steps until the model has ENOUGH of the validation demonstrations right, or MOST_STEPS."""
+def warm_up(
+    model: LlamaForCausalLM, train: list[Any], validation: list[Any], enough: float = ENOUGH, most: int = MOST_STEPS
+) -> None:
+    """Supervised steps until the model has the share `enough` of the validation demonstrations right; at most `most`."""
     dice = random.Random(SEED)
     optimiser = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
     order: list[Any] = []
-    for step in range(1, MOST_STEPS + 1):
+    for step in range(1, most + 1):
         if len(order) < BATCH:
             order = dice.sample(train, len(train))
         ids, labels = to_batch(order[:BATCH])
@@ -174,9 +198,9 @@ def warm_up(model: LlamaForCausalLM, train: list[Any], validation: list[Any]) ->
         if step % LOOK_EVERY == 0:
             right = share_right(model, validation)
             print(f"warm start, step {step}: loss {loss.item():.2f}, validation {right:.0%}", flush=True)
-            if right >= ENOUGH:
+            if right >= enough:
                 return
-    raise SystemExit(f"the warm start did not reach {ENOUGH:.0%} on validation in {MOST_STEPS} steps")
+    raise SystemExit(f"the warm start did not reach {enough:.0%} on validation in {most} steps")
 
 
 @torch.no_grad()

@@ -34,14 +34,15 @@ numbers = itertools.count()
 class Attempt:
     """A leased attempt with its key: stock clients as an agent has them, and what the store has of it at the end."""
 
-    def __init__(self, engine: EngineHandle, store: Any, mode: Mode, expires_s: float) -> None:
+    def __init__(self, engine: EngineHandle, store: Any, mode: Mode, expires_s: float, url: str = "") -> None:
+        """`url`: a replica's front door; else the calls go by Serve's proxy."""
         self.engine, self.store, self.mode, self.step = engine, store, mode, next(numbers)
         self.id = f"rollout-{self.step}"
         ray.get(store.add_rollouts.remote([Rollout(self.id, "task", self.id, mode, self.step, 0, "input")]))
         (lease,) = ray.get(store.lease.remote("worker", 1))
         assert lease.rollout.rollout_id == self.id
         self.key = mint_key(SECRET, self.id, 1, mode, time.time() + expires_s)
-        self.base_url = f"{engine.base_url}/a/{self.key}"
+        self.base_url = f"{url or engine.base_url}/a/{self.key}"
 
     @cached_property
     def openai(self) -> openai.OpenAI:

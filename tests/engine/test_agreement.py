@@ -23,7 +23,7 @@ from raygent.cluster.serve_app import delete_app, start_app
 from raygent.config import Config
 from raygent.records import Rollout, Sample, Seal
 
-AT_ONCE, GROUP, TURNS, TEMPERATURE = 16, 4, 5, 0.7
+AT_ONCE, GROUP, TURNS, TEMPERATURE = 32, 4, 5, 0.7  # so many that a sample has well over 2,000 tokens
 
 
 @dataclass
@@ -71,7 +71,7 @@ class Side:
 
     def gaps(self, samples: list[Sample]) -> np.ndarray:
         """|engine - learner| logprob of each sampled token."""
-        learned = self.learners.logprobs(samples)
+        learned = self.learners.measure("current", samples)
         pairs = zip(samples, learned, strict=True)
         return np.concatenate([np.abs(sample.logprobs - ours)[sample.loss_mask] for sample, ours in pairs])
 

@@ -3,7 +3,6 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import anthropic
 import httpx
@@ -11,107 +10,11 @@ import openai
 import pytest
 import ray
 from attempts import MAX_CALLS, PARAMETERS, REPLIES, SECRET, TEMPERATURE, TOOLS
+from clients import ASK, Reply, ask_chat, ask_messages, recorded_reply
 from transformers import AutoTokenizer
 
 from raygent.actors.gateway import mint_key
 from raygent.records import Seal
-
-FLAT_TOOLS = [{"type": "function"} | tool["function"] for tool in TOOLS]
-ANTHROPIC_TOOLS = [
-    {"name": f["name"], "description": f["description"], "input_schema": f["parameters"]}
-    for f in (tool["function"] for tool in TOOLS)
-]
-FINISHED = {"end_turn": "stop", "max_tokens": "length", "tool_use": "tool_calls", "completed": "stop"}
-
-
-@dataclass
-class Reply:
-    """What a client received of one choice: text, tool calls as (name, arguments), and why it ended."""
-
-    content: str = ""
-    tools: list = field(default_factory=list)
-    finish: str = ""
-
-
-def ask_chat(attempt, prompt, stream=False, tools=None, **more):
-    if tools:
-        more["tools"] = tools
-    reply = attempt.openai.chat.completions.create(
-        model="policy", messages=[{"role": "user", "content": prompt}], stream=stream, **more
-    )
-    if not stream:
-        return [chat_reply(choice) for choice in reply.choices]
-    found = {}
-    for chunk in reply:
-        for choice in chunk.choices:
-            so_far, parts = found.setdefault(choice.index, (Reply(), {}))
-            so_far.content += choice.delta.content or ""
-            so_far.finish = choice.finish_reason or so_far.finish
-            for call in choice.delta.tool_calls or []:
-                part = parts.setdefault(call.index, ["", ""])
-                part[0] += call.function.name or ""
-                part[1] += call.function.arguments or ""
-    for so_far, parts in found.values():
-        so_far.tools = [(name, json.loads(arguments)) for name, arguments in parts.values()]
-    return [found[index][0] for index in sorted(found)]
-
-
-def chat_reply(choice):
-    calls = [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls or []]
-    return Reply(choice.message.content or "", calls, choice.finish_reason)
-
-
-def ask_completions(attempt, prompt, stream=False, tools=None, **more):
-    reply = attempt.openai.completions.create(model="policy", prompt=prompt, max_tokens=60, stream=stream, **more)
-    if not stream:
-        return [Reply(choice.text, [], choice.finish_reason) for choice in reply.choices]
-    so_far = Reply()
-    for chunk in reply:
-        so_far.content += chunk.choices[0].text
-        so_far.finish = chunk.choices[0].finish_reason or so_far.finish
-    return [so_far]
-
-
-def ask_responses(attempt, prompt, stream=False, tools=None, **more):
-    if tools:
-        more["tools"] = FLAT_TOOLS
-    reply = attempt.openai.responses.create(model="policy", input=prompt, stream=stream, **more)
-    if not stream:
-        return [response_reply(reply)]
-    text = arguments = ""
-    for event in reply:
-        text += event.delta if event.type == "response.output_text.delta" else ""
-        arguments += event.delta if event.type == "response.function_call_arguments.delta" else ""
-        if event.type == "response.completed":
-            done = response_reply(event.response)
-    assert text == done.content
-    assert arguments.replace(" ", "") == "".join(json.dumps(call) for _, call in done.tools).replace(" ", "")
-    return [done]
-
-
-def response_reply(response):
-    texts = [part.text for item in response.output if item.type == "message" for part in item.content]
-    calls = [(item.name, json.loads(item.arguments)) for item in response.output if item.type == "function_call"]
-    return Reply("".join(texts), calls, "tool_calls" if calls else FINISHED[response.status])
-
-
-def ask_messages(attempt, prompt, stream=False, tools=None, **more):
-    if tools:
-        more["tools"] = ANTHROPIC_TOOLS
-    extra = {name: more.pop(name) for name in ("temperature",) if name in more}  # the client no longer has it
-    asked = {"model": "policy", "max_tokens": 200, "messages": [{"role": "user", "content": prompt}]} | more
-    asked["extra_body"] = extra
-    if stream:
-        with attempt.anthropic.messages.stream(**asked) as events:
-            reply = events.get_final_message()
-    else:
-        reply = attempt.anthropic.messages.create(**asked)
-    texts = [block.text for block in reply.content if block.type == "text"]
-    calls = [(block.name, block.input) for block in reply.content if block.type == "tool_use"]
-    return [Reply("".join(texts), calls, FINISHED[reply.stop_reason])]
-
-
-ASK = {"chat": ask_chat, "completions": ask_completions, "responses": ask_responses, "messages": ask_messages}
 
 
 @pytest.fixture(scope="module")
@@ -122,34 +25,10 @@ def tokenizer(model):
 @pytest.fixture(scope="module")
 def read(tokenizer):
     """read(call, tools): the Reply that vLLM's own detokenizer and tool parser make of what was recorded."""
-    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.parser import ParserManager
-    from vllm.sampling_params import SamplingParams
-    from vllm.v1.engine import EngineCoreRequest
-    from vllm.v1.engine.detokenizer import IncrementalDetokenizer
 
-    def text_of(call, tools):
-        params = SamplingParams(stop=json.loads(call["sampling"])["stop"], skip_special_tokens=not tools)
-        request = EngineCoreRequest("id", call["prompt_token_ids"], None, params, None, 0.0, None, None, None)
-        detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, request)
-        ids = call["response_token_ids"]
-        for place, token in enumerate(ids):
-            last = place == len(ids) - 1
-            detokenizer.update([token], last and call["finish_reason"] == "stop" and token == tokenizer.eos_token_id)
-        return detokenizer.get_next_output_text(True, False)
-
-    def reply_of(call, tools=None):
-        text = text_of(call, tools)
-        if not tools:
-            return Reply(text, [], call["finish_reason"])
-        messages = [{"role": "user", "content": "-"}]
-        request = ChatCompletionRequest(messages=messages, model="policy", tools=tools, tool_choice="auto")
-        parser = ParserManager.get_parser("hermes", None, True)(tokenizer, request.tools)
-        _, content, found = parser.parse(text, request, enable_auto_tools=True)
-        calls = [(each.name, json.loads(each.arguments)) for each in found or []]
-        return Reply(content or "", calls, "tool_calls" if calls else call["finish_reason"])
-
-    return reply_of
+    parser = ParserManager.get_parser("hermes", None, True)
+    return lambda call, tools=None: recorded_reply(call, tokenizer, parser if tools else None, tools)
 
 
 def check(call, engine, agent="agent"):
@@ -311,6 +190,16 @@ def test_the_end_of_an_attempt_stops_what_it_has_in_flight(attempt, engine):
 # agents and sampling
 
 
+def test_a_greedy_attempt_takes_the_likeliest_tokens_whatever_is_asked_for(attempt):
+    asked = {"messages": [{"role": "user", "content": "say"}], "max_tokens": 8, "temperature": 1.5, "top_p": 0.5}
+    one = attempt("greedy")
+    for seed in range(3):
+        one.openai.chat.completions.create(model="policy", **asked, seed=seed, extra_body={"ignore_eos": True})
+    calls = one.calls()
+    assert {call["temperature"] for call in calls} == {0.0}
+    assert len({tuple(call["response_token_ids"]) for call in calls}) == 1
+
+
 def test_agents_are_told_apart_by_path_header_and_model_name(attempt):
     one = attempt()
     asked = {"messages": [{"role": "user", "content": "say"}], "max_tokens": 3}
@@ -325,6 +214,17 @@ def test_agents_are_told_apart_by_path_header_and_model_name(attempt):
     by_key.chat.completions.create(model="policy", **asked, extra_headers={"x-raygent-agent": "keyed"})
     expected = ["planner", "planner", "critic", "solver", "gpt-5-mini", "agent", "keyed"]
     assert [call["agent"] for call in one.calls()] == expected
+
+
+def test_a_reward_by_http_comes_with_the_attempts_end(attempt):
+    one = attempt()
+    url = f"{one.base_url}/v1/rewards"
+    assert httpx.post(url, json={"value": 0.5, "agent": "planner"}).status_code == 200
+    with pytest.raises(openai.BadRequestError, match="a reward is a number, not str 'high'"):
+        one.openai.post("/rewards", body={"value": "high"}, cast_to=object)
+    (closed,) = one.close().values()
+    assert [(reward["value"], reward["agent"]) for reward in closed["rewards"]] == [(0.5, "planner")]
+    assert httpx.post(url, json={"value": 1}).status_code == 401
 
 
 FRAMEWORKS_OWN = {

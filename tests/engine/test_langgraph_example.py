@@ -2,18 +2,16 @@
 
 import asyncio
 import importlib
-import json
 import sqlite3
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 from conversations import config, rollout, tables
+from vendor import CHAT, serving
 
 from raygent.algorithms.batch import make_samples
 
@@ -39,46 +37,25 @@ def task(tmp_path: Path) -> dict[str, str]:
     return {"database": str(path), "schema": "shop : items", "question": "which items ?"}
 
 
-@pytest.fixture
-def vendor() -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """An OpenAI-compatible endpoint that gets the first query wrong; its base_url, and the requests it got."""
-    got: list[dict[str, Any]] = []
-
-    class Vendor(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            got.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            text = "SELECT title FROM items" if len(got) == 1 else "```sql\nSELECT name FROM items\n```"
-            message = {"role": "assistant", "content": text}
-            choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-            usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
-            body = {"id": "1", "object": "chat.completion", "created": 1, "model": got[-1]["model"], "choices": choices}
-            told = json.dumps(body | {"usage": usage}).encode()
-            self.send_response(200)
-            self.send_header("content-type", "application/json")
-            self.send_header("content-length", str(len(told)))
-            self.end_headers()
-            self.wfile.write(told)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Vendor)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1", got
-    server.shutdown()
-    server.server_close()
+def reply(request: dict[str, Any]) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """A vendor's, whose writer is wrong and whose checker agrees."""
+    texts = {"writer": "SELECT title FROM items", "rewriter": "```sql\nSELECT name FROM items\n```"}
+    message = {"role": "assistant", "content": texts.get(request["model"], request["messages"][-1]["content"])}
+    return 200, CHAT | {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]}, {}
 
 
 def test_it_knows_nothing_of_raygent() -> None:
     assert all("raygent" not in (EXAMPLE / f"{name}.py").read_text() for name in MODULES)
 
 
-def test_a_vendors_endpoint_will_do(example, task, vendor) -> None:
-    base_url, got = vendor
-    sql = asyncio.run(example.answer(task, SimpleNamespace(base_url=base_url, api_key="sk")))
+def test_a_vendors_endpoint_will_do(example, task) -> None:
+    with serving() as vendor:
+        vendor.answers = [reply]
+        sql = asyncio.run(example.answer(task, SimpleNamespace(base_url=vendor.base_url, api_key="sk")))
     assert sql == "SELECT name FROM items"
-    assert [request["model"] for request in got] == ["writer", "rewriter"]
-    assert "no such column" in got[1]["messages"][-1]["content"]
+    got = [request["body"] for request in vendor.requests]
+    assert [request["model"] for request in got] == ["writer", "checker", "rewriter", "checker"]
+    assert "no such column" in got[2]["messages"][-1]["content"]
 
 
 @pytest.mark.parametrize("train", [["writer"], ["rewriter"], ["writer", "rewriter"]])
@@ -89,7 +66,7 @@ def test_the_agents_that_are_named_are_trained(example, task, attempt, train) ->
         endpoint = SimpleNamespace(base_url=f"{one.base_url}/v1", api_key=one.key)
         asyncio.run(example.answer(task, endpoint))  # the model knows no SQL: each query fails
         calls += one.calls()
-    assert [call["agent"] for call in calls] == ["writer", "rewriter", "rewriter"] * 2
+    assert [call["agent"] for call in calls] == ["writer", "checker", "rewriter", "checker", "rewriter", "checker"] * 2
     batch = tables([rollout(one.id, "group", reward) for one, reward in zip(attempts, (1.0, 0.0), strict=True)], calls)
     settings = config(agent={"run": "agent:run", "train": train})
     samples, metrics = make_samples(batch, settings)

@@ -11,7 +11,7 @@ from policies import FITS, Policies
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raygent.actors import weight_transfer
-from raygent.actors.engine_handle import EngineUnavailable
+from raygent.actors.engine_handle import EngineFailed, EngineUnavailable
 from raygent.actors.weight_transfer import Bucket, push_cpu
 
 ENDLESS = {"max_tokens": 150, "extra_body": {"ignore_eos": True}}
@@ -192,7 +192,7 @@ def test_an_update_that_raises_inside_the_engine_is_made_up_for(attempt, policie
     engine.weights("start", {})
     for parameters in ([("model.embed_tokens.weight", torch.zeros(3, 64))], [("no.such.weight", torch.zeros(3))]):
         bucket = Bucket([parameters[0][0]], ["float32"], [list(parameters[0][1].shape)], "/no/such/file")
-        with pytest.raises(EngineUnavailable):
+        with pytest.raises(EngineFailed, match="weights: "):
             engine.weights("update", vars(replace(bucket)))
     with pytest.raises(EngineUnavailable, match="have not arrived"):
         engine.finish_update(version)

@@ -118,7 +118,10 @@ def weights(learner: Learner) -> Arrays:
     from raygent.actors.weight_transfer import full_parameters
 
     stage = learner.config.learner.zero_stage
-    return {name: tensor.float().numpy().copy() for name, tensor in full_parameters(learner.engine.module, stage)}
+    return {
+        name: tensor.float().numpy().copy()
+        for name, tensor in full_parameters(learner.engine.module.named_parameters(), stage)
+    }
 
 
 def first_moment(learner: Learner) -> Arrays:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from plain import NAMES, Batch, Plain, advantages, furthest, token_logprobs
 from ranks import Group, first_moment, gradient, gradient_with_checkpointing, on_ranks, weights
 
@@ -35,7 +36,7 @@ def _rows(batch: Batch, name: str) -> list[dict[str, Any]]:
 
 
 def _mine(samples: list[Sample], rank: int, tokens: int) -> list[Any]:
-    return micro_batches(deal(samples, 2), rank, tokens)
+    return micro_batches(deal(list(enumerate(samples)), 2), rank, tokens)
 
 
 @pytest.mark.parametrize("tokens", [150, 16384], ids=["many-micro-batches", "one-micro-batch"])
@@ -57,7 +58,7 @@ def test_gradient_of_a_rollout_split_into_single_calls(group: Group, batch: Batc
         if one.rollout_id in NAMES
         for sample in to_samples(build([vars(one)])[0], one.rollout_id[0], gains[one.rollout_id])
     ]
-    weigh(split)
+    weigh(split, config)
     assert len(split) > len(batch.samples(config))
     (found, _) = on_ranks(group.learners, gradient, split)
     assert furthest(found, Plain(group, config).gradient(batch, NAMES)) < 1e-5
@@ -67,7 +68,7 @@ def test_gradient_where_a_rank_has_nothing(group: Group, batch: Batch) -> None:
     config = group.fresh(BOTH)
     one = batch.trainable("b2")[0]
     (sample,) = to_samples(build([vars(one)])[0], "b", advantages(batch)["b2"])
-    weigh([sample])
+    weigh([sample], config)
     alone = Batch(batch.rollouts, [one])
     (found, _) = on_ranks(group.learners, gradient, [sample])
     assert furthest(found, Plain(group, config).gradient(alone, ["b2"])) < 1e-5
@@ -117,6 +118,19 @@ def test_mismatch_is_between_the_engine_and_the_weights_before_the_step(group: G
     assert told["mismatch_mean"] == pytest.approx(gaps.mean(), abs=1e-5)
     assert told["mismatch_p99"] == pytest.approx(np.quantile(gaps, 0.99), abs=1e-5)
     assert told["mismatch_max"] == pytest.approx(gaps.max(), abs=1e-5)
+
+
+def test_current_and_reference_are_measured(group: Group, batch: Batch) -> None:
+    """Each masked token's log-probability, at the temperature it was sampled at, by two models that are not the same."""
+    config = group.fresh()
+    samples, plain = batch.samples(config), Plain(group, config)
+    for what, model in (("current", plain.model), ("reference", plain.reference)):
+        for sample, found in zip(samples, group.learners.measure(what, samples), strict=True):
+            tokens = torch.tensor(sample.token_ids).long()
+            with torch.no_grad():
+                scores = model(tokens[None]).logits[0, :-1] / torch.tensor(sample.temperature)[1:, None]
+            wanted = scores.log_softmax(-1)[range(len(tokens) - 1), tokens[1:]].numpy() * sample.loss_mask[1:]
+            np.testing.assert_allclose(found[1:], wanted, atol=1e-4)
 
 
 def test_nothing_to_learn_changes_nothing(group: Group) -> None:

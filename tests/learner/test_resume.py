@@ -42,7 +42,7 @@ def test_an_exported_checkpoint_is_the_policy(group: Group, batch: Batch) -> Non
 
     call = max(batch.trainable("a1"), key=lambda one: len(one.response_token_ids))
     known = dict(zip(call.logprobs, token_logprobs(model, call)[0].tolist(), strict=True))
-    found = group.learners.logprobs(samples)
+    found = group.learners.measure("current", samples)
     seen = 0
     for sample, values in zip(samples, found, strict=True):
         assert values.shape == sample.token_ids.shape

@@ -3,12 +3,16 @@
 import asyncio
 import contextvars
 import functools
+import inspect
 import json
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import httpx
 import numpy as np
+import openai
 import pytest
 
 import raygent
@@ -17,7 +21,7 @@ from raygent.actors.agent_runner import AgentRunner, Recorder
 from raygent.actors.grading import Grader, GraderError, grade_once
 from raygent.actors.rollout_worker import RolloutWorker
 from raygent.actors.subprocess_agent import read_events
-from raygent.agent import (
+from raygent.callables import (
     AGENT_OFFERS,
     GRADER_OFFERS,
     ModelEndpoint,
@@ -193,6 +197,104 @@ def test_the_reward_of_agents_alone_is_their_mean():
     for agent, value in (("a", 0.0), ("a", 1.0), ("b", 0.0)):
         recorder("rewards", {"value": value, "name": "reward", "agent": agent, "components": {}, "time": 0.0})
     assert recorder.emitted() == 0.5
+
+
+@raygent.agent("planner")
+async def plans(ask):
+    raygent.emit_reward(0.5)
+    inner = await writes(ask)
+    return [raygent.headers(), inner, await ask(), await ask(extra_headers={"x-raygent-agent": "own"})]
+
+
+@raygent.agent("writer")
+async def writes(ask):
+    await asyncio.sleep(0)
+    return await ask()
+
+
+@raygent.agent("checker")
+def checks(ask):
+    if ask is None:
+        raise LookupError("nothing to check")
+    return ask()
+
+
+@pytest.fixture
+def asked_of():
+    """A vendor's endpoint that answers with the agent's name in the request."""
+
+    class Vendor(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers["content-length"]))
+            message = {"role": "assistant", "content": self.headers.get("x-raygent-agent", "nobody")}
+            body = json.dumps({"id": "1", "choices": [{"index": 0, "message": message}]}).encode()
+            self.send_response(200)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Vendor)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    at = {"base_url": f"http://127.0.0.1:{server.server_port}/v1", "api_key": "k"}
+    hooks = {"event_hooks": {"request": [raygent.tag]}}
+    question = {"model": "policy", "messages": [{"role": "user", "content": "who?"}]}
+    client = openai.OpenAI(**at, http_client=httpx.Client(**hooks))
+
+    async def ask(**more):
+        async with openai.AsyncOpenAI(**at, http_client=httpx.AsyncClient(**hooks)) as asynchronous:
+            reply = await asynchronous.chat.completions.create(**question, **more)
+            return reply.choices[0].message.content
+
+    yield ask, lambda: client.chat.completions.create(**question).choices[0].message.content
+    client.close()
+    server.shutdown()
+    server.server_close()
+
+
+def test_calls_within_an_agents_function_are_the_agents(asked_of):
+    ask, ask_now = asked_of
+    recorder = Recorder("rollout", 1, "worker")
+
+    async def run():
+        sink.set(recorder)
+        found = await asyncio.gather(plans(ask), writes(ask), asyncio.to_thread(checks, ask_now), ask())
+        with pytest.raises(LookupError):
+            checks(None)
+        return [*found, raygent.headers()]
+
+    planned = [{"x-raygent-agent": "planner"}, "writer", "planner", "own"]
+    assert asyncio.run(run()) == [planned, "writer", "checker", "nobody", {}]
+    spans = [(span.kind, span.name, json.loads(span.attributes)) for span in recorder.spans]
+    assert sorted(spans, key=str) == [
+        ("agent", "checker", {"error": "LookupError: nothing to check"}),
+        ("agent", "checker", {}),
+        ("agent", "planner", {}),
+        ("agent", "writer", {}),
+        ("agent", "writer", {}),
+    ]
+    assert [(reward.value, reward.agent) for reward in recorder.rewards] == [(0.5, "")]
+
+
+def test_an_agents_function_outside_a_run_is_the_function(asked_of):
+    ask, ask_now = asked_of
+    assert asyncio.run(plans(ask)) == [{}, "nobody", "nobody", "own"]
+    assert checks(ask_now) == "nobody" and checks.__name__ == "checks"
+    assert inspect.iscoroutinefunction(plans) and plans.__name__ == "plans"
+
+
+def test_an_agents_name_and_function_are_checked():
+    for name in ("", "plan\nner", "pläner", " planner"):
+        with pytest.raises(ValueError, match="HTTP header"):
+            raygent.agent(name)
+    with pytest.raises(TypeError, match=r"steps is a generator; mark the function"):
+
+        @raygent.agent("planner")
+        def steps():
+            yield 1
 
 
 AGENTS = """

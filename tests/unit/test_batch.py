@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from raygent.actors.micro_batches import deal, micro_batches
 from raygent.algorithms.batch import make_samples
 from raygent.algorithms.bootstrap import paired_gain
-from raygent.algorithms.grpo import advantages
 from raygent.records import Call, Sample
 
 REWARDS = st.sampled_from([0.0, 0.25, 1.0, -3.5])
@@ -118,21 +117,6 @@ def test_a_rollouts_weight_is_the_same_however_it_split(turns: int, length: int,
     assert {sample.weight for sample in of(many, "a")} == {of(one, "a")[0].weight}
 
 
-@given(st.lists(st.lists(st.floats(-5, 5, width=16), min_size=2, max_size=6), min_size=1, max_size=4), st.booleans())
-@settings(max_examples=100)
-def test_grpo_is_its_formula(groups: list[list[float]], normalise_std: bool) -> None:
-    names = [str(number) for number, rewards in enumerate(groups) for _ in rewards]
-    found = advantages(np.array([value for rewards in groups for value in rewards]), names, normalise_std)
-    wanted = np.concatenate([group_advantages(rewards, normalise_std) for rewards in groups])
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_a_group_of_one_cannot_be_compared() -> None:
-    with pytest.raises(ValueError, match="two rollouts"):
-        advantages(np.array([1.0, 0.0, 1.0]), ["a", "a", "b"], True)
-
-
 def test_an_agents_own_reward_is_compared_instead_of_the_rollouts() -> None:
     rollouts = [rollout("a", "g", 1.0), rollout("b", "g", 0.0), rollout("c", "g", 0.5, "failed")]
     calls = [spoken(name, agent, sequence=place) for name in "abc" for place, agent in enumerate(["main", "critic"])]
@@ -158,6 +142,26 @@ def test_only_agents_that_match_are_trained() -> None:
     )
     assert {sample.agent for sample in samples} == {"writer/1"}
     assert total(samples) == pytest.approx(1)
+
+
+def test_what_an_upstream_answered_is_told_and_never_trained() -> None:
+    rollouts = [rollout("a", "g", 1.0), rollout("b", "g", 0.0)]
+
+    def judged(name: str, place: int) -> Call:
+        said = {"policy": "upstream:vendor", "trainable": False, "untrainable_why": "upstream", "cost": 0.25}
+        return call(name, place, [], [], agent="judge", **said)
+
+    calls = [one for name in "ab" for one in (spoken(name), judged(name, 1))]
+    alone, without = make_samples(tables(rollouts, [spoken("a"), spoken("b")]), config())
+    samples, metrics = make_samples(tables(rollouts, calls), config())
+    assert [one.token_ids.tolist() for one in samples] == [one.token_ids.tolist() for one in alone]
+    assert total(samples) == pytest.approx(1) and {one.agent for one in samples} == {alone[0].agent}
+    assert metrics["upstream/vendor/calls"] == 2 and metrics["upstream/vendor/cost"] == 0.5
+    for name in ("tokens_sampled", "tokens_trained", "prompt_length", "response_length", "reward"):
+        assert metrics[name] == without[name]
+    assert metrics["turns"] == 2
+    only_judged = [judged(name, 0) for name in "ab"]
+    assert make_samples(tables(rollouts, only_judged), config())[0] == []
 
 
 def test_a_rollout_without_a_call_counts_in_the_mean_but_a_lost_one_does_not() -> None:
@@ -210,13 +214,17 @@ def sample_of(length: int, number: int) -> Sample:
 @settings(max_examples=200)
 def test_each_sample_is_in_one_micro_batch_of_one_rank(lengths: list[int], ranks: int, tokens: int) -> None:
     samples = [sample_of(length, number) for number, length in enumerate(lengths)]
-    by_rank = [micro_batches(deal(samples, ranks), rank, tokens) for rank in range(ranks)]
+    by_rank = [micro_batches(deal(list(enumerate(samples)), ranks), rank, tokens) for rank in range(ranks)]
     assert len({len(batches) for batches in by_rank}) == 1  # else ZeRO-3 hangs
     places = []
     for batch in (batch for batches in by_rank for batch in batches):
         rows, width = batch.token_ids.shape
         assert rows == 1 or rows * width <= tokens
-        assert all(getattr(batch, name).shape == (rows, width) for name in vars(batch) if name != "places")
+        assert all(
+            getattr(batch, name).shape == (rows, width)
+            for name in vars(batch)
+            if name not in ("places", "values", "returns")
+        )
         for row, place in enumerate(batch.places):
             if place < 0:
                 assert not batch.mask[row].any() and not batch.weights[row].any()
@@ -242,7 +250,7 @@ def torch_equal(padded: object, values: np.ndarray) -> bool:
 def test_ranks_have_about_the_same_work() -> None:
     rng = np.random.default_rng(0)
     samples = [sample_of(int(length), number) for number, length in enumerate(rng.integers(2, 500, 64))]
-    work = [sum(len(sample) for _, sample in share) for share in deal(samples, 4)]
+    work = [sum(len(sample) for _, sample in share) for share in deal(list(enumerate(samples)), 4)]
     assert max(work) < 1.05 * min(work)
 
 
@@ -258,3 +266,13 @@ def test_the_paired_bootstrap_finds_a_gain_and_no_gain() -> None:
     assert low < 0 < high
     assert paired_gain(before, after) == paired_gain(before, after)
     assert np.isnan(paired_gain({}, after)[0])
+
+
+def test_the_only_token_of_a_batch_is_trained_where_it_tells_something() -> None:
+    rollouts = [rollout("a", "g", 1.0), rollout("b", "g", 0.0)]
+    (sample,) = make_samples(tables(rollouts, [spoken("a", length=1)]), config())[0]
+    np.testing.assert_allclose(sample.advantages[sample.loss_mask], group_advantages([1.0, 0.0])[:1], rtol=1e-5)
+    assert (
+        make_samples(tables(rollouts, [spoken("a", length=1)]), config(algorithm={"name": "reinforce_plus_plus"}))[0]
+        == []
+    )

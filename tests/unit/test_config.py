@@ -11,8 +11,10 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, get_args, get_origin
 
 import psutil
 import pytest
@@ -106,6 +108,7 @@ def ray_processes() -> set[int]:
 
 # the TOML
 
+UPSTREAM = 'agents = ["judge"]\nmodel = "m"\n'
 WRONG_SECTIONS = {
     "key_misspelt": ({"run": "stepz = 3"}, r"run\.stepz: unknown key; did you mean steps\?"),
     "key_of_another_section": ({"learner": "steps = 3"}, r"learner\.steps: unknown key; it belongs in \[run\]"),
@@ -124,6 +127,14 @@ WRONG_SECTIONS = {
     "text_for_a_list": ({"agent": 'run = "adder.py:answer"\ntrain = "a*"'}, r"agent\.train: should be a valid list"),
     "empty_list": ({"agent": 'run = "adder.py:answer"\ntrain = []'}, r"agent\.train: should have at least one entry"),
     "empty_command": ({"agent": "command = []"}, r"agent\.command: should have at least one entry"),
+    "prompt_not_there": ({"prompts": 'writer = "writer.txt"'}, r"prompts\.writer: no file .*writer\.txt; give a text file"),
+    "prompt_no_text": ({"prompts": "writer = 3"}, r"prompts\.writer: should be a valid string, not 3"),
+    "prompts_a_value": ({"run": "prompts = 3"}, r"run\.prompts: unknown key"),
+    "apo_without_prompts": ({"algorithm": 'name = "apo"'}, r"prompts: missing, and algorithm\.name = \"apo\" improves"),
+    "selection_of_all": (
+        {"algorithm": 'name = "apo"\nselection_tasks = 2', "prompts": 'writer = "adder.py"'},
+        r"algorithm\.selection_tasks: 2 of the 2 tasks of data\.train leave none to learn from; lower it",
+    ),
     "empty_text": ({"model": 'path = ""'}, r"model\.path: should not be empty"),
     "nan": ({"learner": "learning_rate = nan"}, r"learner\.learning_rate: should be a finite number, not nan"),
     "infinite": ({"engine": "temperature = inf"}, r"engine\.temperature: should be a finite number"),
@@ -131,19 +142,60 @@ WRONG_SECTIONS = {
     "zero": ({"agent": 'run = "adder.py:answer"\ntimeout_s = 0'}, r"agent\.timeout_s: should be greater than 0"),
     "choice": ({"agent": 'run = "adder.py:answer"\nin = "thread"'}, r"agent\.in: should be 'process' or 'subprocess'"),
     "slash_in_the_name": ({"run": 'name = "my/run"'}, r"run\.name: a name of .* letters, .*not 'my/run'"),
-    "group_of_one": ({"algorithm": "group_size = 1"}, r"algorithm\.group_size: GRPO compares .* use 2 or more"),
+    "group_of_one": ({"algorithm": "group_size = 1"}, r"algorithm\.group_size: grpo compares .* use 2 or more"),
     "min_group": ({"algorithm": "group_size = 4\nmin_group = 5"}, r"algorithm\.min_group: 5 is more than .*lower it"),
     "mini_batches": ({"algorithm": "mini_batches = 3"}, r"algorithm\.mini_batches: .* choose a divisor of 128"),
     "ranks": ({"learner": "ranks = 3"}, r"learner\.ranks: 128 rollouts .* choose a divisor of 128"),
     "zero_stage": ({"learner": "zero_stage = 7"}, r"learner\.zero_stage: should be 0, 1, 2 or 3, not 7"),
     "betas": ({"learner": "betas = [0.9, 1.5]"}, r"learner\.betas\.1: should be less than 1"),
-    "lora": ({"learner": "lora = 8"}, r"learner\.lora: not there yet; leave it out"),
+    "lora": ({"learner": "lora = 8"}, r"learner\.lora: a section, not the value 8; write \[learner\.lora\] and its keys below it"),
+    "lora key": ({"learner": "lora = {rnk = 8}"}, r"learner\.lora\.rnk: unknown key; did you mean rank\?"),
+    "policies without lora": (
+        {"agent": 'run = "adder.py:answer"\npolicies = {w = ["writer"]}'},
+        r"agent\.policies: a policy of an agent's own is a LoRA adapter; add \[learner\.lora\]",
+    ),
+    "policy's name": (
+        {"agent": 'run = "adder.py:answer"\npolicies = {base = ["writer"]}', "learner": "lora = {}"},
+        r"agent\.policies: the name base means another thing; take another",
+    ),
+    "agent without policy": (
+        {"agent": 'run = "adder.py:answer"\npolicies = {w = ["writer"]}\ntrain = ["writer", "judge"]', "learner": "lora = {}"},
+        r"agent\.train: judge has no policy to train; add it to one in agent\.policies",
+    ),
     "loss_unknown": ({"algorithm": 'loss = "vanila"'}, r"algorithm\.loss: no loss 'vanila' in verl .*use one of vanilla"),
     "loss_unsound": ({"algorithm": 'loss = "sapo"'}, r"algorithm\.loss: sapo can't weight tokens: it averages"),
     "no_room": ({"model": 'path = "model"\ncontext = 64\nmax_tokens = 64'}, r"model\.max_tokens: 64 leaves no room"),
     "workers": ({"workers": "min = 3\nmax = 2"}, r"workers\.max: 2 is below workers\.min = 3; raise"),
     "gpus_of_engines_alone": ({"engine": "gpus = 1"}, r"learner\.gpus: engines on GPUs .*set learner\.gpus = 1"),
-    "upstream": ({"upstream__judge": 'base_url = "http://x"\nmodel = "m"'}, r"upstream: unknown key; known here: run,"),
+    "upstream_of_no_agent": ({"upstream__judge": 'base_url = "http://x"\nmodel = "m"'}, r"upstream\.judge\.agents: missing"),
+    "upstream_without_a_name": ({"upstream": UPSTREAM}, r"upstream\.agents: a value, and not an upstream; .* \[upstream\.NAME\]"),
+    "upstream_key": ({"upstream__judge": UPSTREAM + "cost = 1"}, r"upstream\.judge\.cost: unknown key; did you mean max_cost\?"),
+    "upstream_key_elsewhere": ({"agent": 'run = "adder.py:answer"\nbase_url = "x"'}, r"it belongs in \[upstream\.NAME\]"),
+    "upstream_url": ({"upstream__judge": UPSTREAM + 'base_url = "api.openai.com"'}, r"upstream\.judge\.base_url: 'api\.openai\.com' is no URL"),
+    "upstream_password": (
+        {"upstream__judge": UPSTREAM + 'base_url = "https://me:hidden@api.openai.com/v1"'},
+        r"upstream\.judge\.base_url: has a user or a password (?!.*hidden).*upstream\.judge\.api_key_env",
+    ),
+    "upstream_password_in_no_url": (
+        {"upstream__judge": UPSTREAM + 'base_url = "me:hidden@api.openai.com/v1"'},
+        r"upstream\.judge\.base_url: has a user or a password (?!.*hidden)",
+    ),
+    "upstream_trained": (
+        {"agent": 'run = "adder.py:answer"\ntrain = ["w*", "judge"]', "upstream__vendor": UPSTREAM + 'base_url = "http://x"'},
+        r"agent\.train: 'judge' has upstream\.vendor for a model, which is not trained; take it out of",
+    ),
+    "upstream_key_of_nobody": (
+        {"upstream__judge": UPSTREAM + 'base_url = "http://x"\napi_key_env = "NO_SUCH_KEY"'},
+        r"upstream\.judge\.api_key_env: the environment variable NO_SUCH_KEY is not set; set it",
+    ),
+    "upstream_free_and_limited": (
+        {"upstream__judge": UPSTREAM + 'base_url = "http://x"\nmax_cost = 5.0'},
+        r"upstream\.judge\.max_cost: nothing is known to cost anything; set upstream\.judge\.price_input",
+    ),
+    "upstream_shared_by_many": (
+        {"upstream__judge": UPSTREAM + 'base_url = "http://x"\nmax_parallel = 1', "engine": "replicas = 2"},
+        r"upstream\.judge\.max_parallel: 1 is less than engine\.replicas = 2",
+    ),
     # files that the TOML names
     "no_data_file": ({"data": 'train = "tran.jsonl"'}, r"data\.train: no file .*; did you mean train\.jsonl\?"),
     "data_folder": ({"data": 'train = "."'}, r"data\.train: .* is a folder; give a JSONL or Parquet file"),
@@ -152,7 +204,7 @@ WRONG_SECTIONS = {
     "model_far_off": ({"model": 'path = "/no/such/model"'}, r"model\.path: no folder .*; give a Hugging Face id"),
     "model_file": ({"model": 'path = "model/model.safetensors"'}, r"model\.path: .* is a file; give the folder"),
     "no_home": ({"data": 'train = "~nobody-of-test/x.jsonl"'}, r"data\.train: nobody's home .*; write the path out"),
-    "kl_kind": ({"algorithm": 'kl_kind = "k1"'}, r"algorithm\.kl_kind: should be 'k2' or 'k3', not 'k1'"),
+    "kl_kind": ({"algorithm": 'kl_kind = "k4"'}, r"algorithm\.kl_kind: should be 'k1', 'k2' or 'k3', not 'k4'"),
     "no_template": ({"model": 'path = "model"\nchat_template = "x.jinja"'}, r"model\.chat_template: no file .*Jinja"),
     "context": ({"model": 'path = "model"\ncontext = 4096'}, r"model\.context: 4096 is more than the model's 512"),
     "tool_parser": ({"model": 'path = "model"\ntool_parser = "hermez"'}, r"model\.tool_parser: vLLM has no 'hermez'; did"),
@@ -171,7 +223,14 @@ WRONG_SECTIONS = {
     "grader_in_c": ({"grader": 'run = "builtins:max"'}, r"grader\.run: its parameters are not to be seen"),
     "grader_asks_else": ({"grader": 'run = "adder.py:unlike"'}, r"grader\.run: takes \(output, expected\); it is called"),
     "no_program": ({"agent": 'command = ["no-such-program"]'}, r"agent\.command: no program .* on PATH; install it"),
-    "no_program_here": ({"agent": 'command = ["./agent.sh"]'}, r"agent\.command: no program .*/agent\.sh that can be run"),
+    "no_program_here": ({"agent": 'command = ["./agent.sh"]'}, r"agent\.command: no program .*/agent\.sh that can be run; paths"),
+    "no_environment": ({"agent": 'command = [".venv/bin/python", "adder.py"]'}, r"agent\.command: .*/\.venv/bin/python that can"),
+    "program_is_a_folder": ({"agent": 'command = ["./model"]'}, r"agent\.command: no program .*/model that can be run; paths"),
+    "not_executable": ({"agent": 'command = ["./adder.py"]'}, r"agent\.command: .*make it executable \(chmod \+x adder\.py\)"),
+    "beside_the_toml": ({"agent": 'command = ["adder.py"]'}, r"agent\.command: no program 'adder\.py' .*write \./adder\.py"),
+    "limits_of_a_function": ({"agent": 'run = "adder.py:answer"\nmemory_mb = 500'}, r"agent\.memory_mb: .*set agent\.in = "),
+    "number_of_functions": ({"agent": 'run = "adder.py:answer"\nprocesses = 5'}, r"agent\.processes: .*or leave processes out"),
+    "no_memory": ({"agent": 'command = ["cat"]\nmemory_mb = 0'}, r"agent\.memory_mb: should be greater than or equal to 1"),
     "no_script": ({"agent": 'command = ["python3", "agent.py"]'}, r"agent\.command: no file .*agent\.py; paths are"),
     # the engine
     "vllm_argument": ({"engine": "gpu_memory_utilisation = 0.5"}, r"engine\.gpu_.*did you mean gpu_memory_utilization\?"),
@@ -247,7 +306,7 @@ def test_a_wrong_override_is_one_line(project, capsys, override, expected):
     ("content", "expected"),
     [
         ("", r"holds no task"),
-        ("{'id': 1}\n", r"line 1 is not JSON: .*give one task a line"),
+        ("{'id': 1}\n", r"line 1 is not JSON: .*give one row a line"),
         ('{"id": 1, "input": 1}\n\n{"id": 2}\n', r'line 3 needs "id" and "input".*, not \'id\''),
         ('[{"id": 1, "input": 1}]', r'line 1 needs "id" and "input" .*, not list'),
         ('{"id": 1, "input": 1, "gold": 2}', r"line 1 has 'gold'; put it under input or private"),
@@ -495,16 +554,22 @@ def test_the_losses_are_verls():
     assert registered == {*SOUND_LOSSES, *UNSOUND_LOSSES}
 
 
+def fields_below(prefix: str, model: Any) -> Iterator[tuple[str, Any]]:
+    """Each key with its default, or "required"; of an optional section also itself."""
+    for name, field in model.model_fields.items():
+        key = f"{prefix}{field.alias or name}" + ".NAME" * (get_origin(field.annotation) is dict and not prefix)
+        for inner in (field.annotation, *get_args(field.annotation)):
+            if hasattr(inner, "model_fields"):
+                yield from fields_below(f"{key}.", inner)
+        if prefix and not hasattr(field.annotation, "model_fields"):
+            yield key, "required" if field.is_required() else field.default
+
+
 def test_every_key_is_documented():
     """docs/config.md has a row `section.key` | type | default for every field, and no others."""
     rows = re.findall(r"^\| `([\w.]+)` \| .*? \| (.*?) \|", (DOCS / "config.md").read_text(), re.MULTILINE)
     documented = dict(rows)
-    expected = {}
-    for section, info in Config.model_fields.items():
-        inner = info.annotation
-        for name, field in inner.model_fields.items() if hasattr(inner, "model_fields") else ():
-            default = "required" if field.is_required() else field.default
-            expected[f"{section}.{field.alias or name}"] = default
+    expected = dict(fields_below("", Config))
     assert set(documented) == set(expected)
     for key, default in expected.items():
         shown = documented[key].strip("`")

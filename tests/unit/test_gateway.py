@@ -1,6 +1,7 @@
 """The gateway without an engine: keys, paths, what it passes on and what it remembers."""
 
 import asyncio
+import gzip
 import json
 import string
 import time
@@ -24,8 +25,8 @@ def key_for(rollout="r", attempt=1, mode="train", life=600.0):
 class App:
     """What stands behind the gateway: keeps what it was asked, answers what it is told to."""
 
-    def __init__(self, status=200, body=b"{}", work=None):
-        self.status, self.body, self.work = status, body, work
+    def __init__(self, status=200, body=b"{}", work=None, headers=()):
+        self.status, self.body, self.work, self.headers = status, body, work, list(headers)
         self.scopes, self.requests, self.contexts = [], [], []
 
     async def __call__(self, scope, receive, send):
@@ -35,7 +36,7 @@ class App:
             self.requests.append(json.loads((await receive())["body"]))
         if self.work:
             await self.work()
-        await send({"type": "http.response.start", "status": self.status, "headers": []})
+        await send({"type": "http.response.start", "status": self.status, "headers": self.headers})
         for place in range(0, max(len(self.body), 1), 7):
             more = place + 7 < len(self.body)
             await send({"type": "http.response.body", "body": self.body[place : place + 7], "more_body": more})
@@ -43,6 +44,12 @@ class App:
 
 async def call(door, path, body=b'{"model": "m"}', headers=None, method="POST"):
     """Status and body of the answer."""
+    start, answer = await call_whole(door, path, body, headers, method)
+    return start["status"], json.loads(answer) if answer else None
+
+
+async def call_whole(door, path, body=b'{"model": "m"}', headers=None, method="POST"):
+    """The answer's start, with status and headers, and its body's bytes."""
     messages, sent = [{"type": "http.request", "body": body, "more_body": False}], []
 
     async def receive():
@@ -54,8 +61,7 @@ async def call(door, path, body=b'{"model": "m"}', headers=None, method="POST"):
     fields = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
     scope = {"type": "http", "method": method, "path": f"/app{path}", "root_path": "/app", "headers": fields}
     await door(scope, receive, send)
-    answer = b"".join(message.get("body", b"") for message in sent[1:])
-    return sent[0]["status"], json.loads(answer) if answer else None
+    return sent[0], b"".join(message.get("body", b"") for message in sent[1:])
 
 
 def gate(app, max_calls=100, **more):
@@ -134,7 +140,8 @@ def test_any_path_is_answered(path):
 
 
 @given(
-    st.binary(max_size=60) | st.recursive(st.none() | st.integers() | TEXT, st.lists).map(json.dumps).map(str.encode)
+    st.binary(max_size=60).filter(lambda body: body.strip() != b"{}")
+    | st.recursive(st.none() | st.integers() | TEXT, st.lists).map(json.dumps).map(str.encode)
 )
 def test_any_body_is_answered(body):
     status, answer = asyncio.run(call(gate(App()), f"/a/{key_for()}/v1/messages", body))
@@ -201,9 +208,85 @@ async def test_what_a_request_becomes():
     assert json.loads(app.contexts[0].request) == body
 
 
+async def test_a_model_that_an_upstream_is_there_for_goes_before_the_header():
+    asked = []
+
+    class Vendor:
+        async def answer(self, path, request, headers, receive, send, context, refuse):
+            asked.append(context.agent)
+            await refuse(200, "", "")
+
+    app, vendor = App(), Vendor()
+    door = gate(app, upstream_of=lambda agent: vendor if agent == "judge" else None)
+    for model in ("judge", "policy"):
+        request = json.dumps({"model": model}).encode()
+        await call(door, f"/a/{key_for()}/v1/chat/completions", request, {"x-raygent-agent": "planner"})
+    assert asked == ["judge"] and [context.agent for context in app.contexts] == ["planner"]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+async def test_strict_tools_bind_nothing_in_training(mode):
+    app = App()
+    chat = {"type": "function", "function": {"name": "f", "strict": True}}
+    request = {"tools": [chat, {"type": "function", "name": "g", "strict": True}, "no tool"]}
+    await call(gate(app), f"/a/{key_for(mode=mode)}/v1/chat/completions", json.dumps(request).encode())
+    chat, responses, _ = app.requests[0]["tools"]
+    assert chat["function"]["strict"] is responses["strict"] is (mode == "eval")
+    assert json.loads(app.contexts[0].request) == request  # what is recorded is what the agent sent
+
+
 async def test_a_body_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(gateway, "MAX_BODY_BYTES", 10)
     assert (await call(gate(App()), f"/a/{key_for()}/v1/messages", b"x" * 11))[0] == 413
+
+
+def conversations(part):
+    """`part` in each place where an API has parts, by path."""
+    said = {"role": "user", "content": [{"type": "text", "text": "look"}, part]}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "seen"}, part]}
+    output = {"type": "function_call_output", "call_id": "1", "output": [part]}
+    return [
+        ("/v1/chat/completions", {"messages": [{"role": "system", "content": "s"}, said]}),
+        ("/v1/responses", {"input": [said]}),
+        ("/v1/responses", {"input": [output]}),
+        ("/v1/messages", {"messages": [said]}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": [result]}]}),
+    ]
+
+
+@pytest.mark.parametrize("kind", sorted(gateway.MEDIA))
+async def test_a_model_of_text_alone_is_sent_no_media(kind):
+    for path, body in conversations({"type": kind, kind: "data:,"}):
+        app = App()
+        status, answer = await call(
+            Gateway(app, SECRET, 9, lambda: True, text_only=True), f"/a/{key_for()}{path}", json.dumps(body).encode()
+        )
+        assert (status, app.requests) == (400, [])
+        assert (answer.get("type") == "error") == (path == "/v1/messages")
+        assert answer["error"]["type"] == "invalid_request_error"
+        assert answer["error"]["message"] == f"the served model takes text alone, no {kind}; leave it out"
+
+
+async def test_media_go_to_a_model_that_takes_them_and_are_not_trained():
+    for path, body in conversations({"type": "image_url", "image_url": {"url": "data:,"}}):
+        app = App()
+        status, _ = await call(
+            Gateway(app, SECRET, 9, lambda: True), f"/a/{key_for()}{path}", json.dumps(body).encode()
+        )
+        assert (status, app.contexts[0].untrainable) == (200, "image_url")
+
+
+async def test_what_only_names_media_is_text():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"type": {"enum": ["image"]}}}}}
+    said = [
+        {"role": "user", "content": '{"type": "image"}'},
+        {"role": "user", "content": [{"type": "text", "text": "image"}]},
+    ]
+    for body in ({"messages": said, "tools": [tool]}, {"input": "image"}, {"messages": [{"type": ["image"]}, None, 3]}):
+        app = App()
+        door = Gateway(app, SECRET, 9, lambda: True, text_only=True)
+        assert (await call(door, f"/a/{key_for()}/v1/responses", json.dumps(body).encode()))[0] == 200
+        assert app.contexts[0].untrainable == ""
 
 
 async def test_models_and_token_counts_need_a_key_and_are_no_calls():
@@ -265,6 +348,16 @@ async def test_an_error_that_repeats_the_request_is_cut():
     door = gate(App(400, json.dumps({"error": {"message": "x" * 10**6}}).encode()))
     status, answer = await call(door, f"/a/{key_for()}/v1/chat/completions")
     assert (status, answer["error"]["message"]) == (400, "x" * MAX_MESSAGE)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"), [("messages", "later"), ("chat/completions", "later"), ("chat/completions", "x" * 10**5)]
+)
+async def test_when_to_ask_again_stays_in_an_error_of_whatever_shape(path, message):
+    headers = [(b"content-type", b"application/json"), (b"retry-after", b"7")]
+    door = gate(App(503, json.dumps({"error": {"message": message}}).encode(), headers=headers))
+    start, _ = await call_whole(door, f"/a/{key_for()}/v1/{path}")
+    assert start["status"] == 503 and sorted(start["headers"]) == headers
 
 
 async def test_an_engines_failure_over_a_wrong_request_is_the_clients():
@@ -375,3 +468,130 @@ async def test_an_attempt_with_something_in_flight_is_not_forgotten(monkeypatch)
     assert ("slow", 1) in door.attempts
     go.set()
     await task
+
+
+# traces
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+async def test_large_traces_are_read_beside_the_replicas_event_loop(zipped):
+    """While they are, the loop turns."""
+    spans = [{"name": f"s{n}", "attributes": [{"key": "x", "value": {"intValue": n}}] * 20} for n in range(500)]
+    body = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).encode()
+    headers = {"content-type": "application/json"} | ({"content-encoding": "gzip"} if zipped else {})
+    door = gate(App())
+    asked = asyncio.create_task(
+        call(door, f"/a/{key_for()}/v1/traces", gzip.compress(body) if zipped else body, headers)
+    )
+    turns = 0
+    while not asked.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert await asked == (200, {}) and len(door.end_attempt("r", 1).spans) == 500
+    assert turns > 10
+
+
+# rewards by HTTP
+
+
+def sent(answer):
+    status, body = answer
+    assert status == 400 and body["error"]["type"] == "invalid_request_error"
+    return body["error"]["message"]
+
+
+async def test_a_reward_by_http_is_kept_as_an_emitted_one():
+    door, path, before = gate(App(), max_calls=0), f"/a/{key_for()}/v1/rewards", time.time()
+    assert await call(door, path, b'{"value": true}') == (200, {})
+    whole = {"value": 0.5, "name": "speed", "agent": "planner", "components": {"rows": 1, "order": 0.25}}
+    assert (await call(door, f"/a/{key_for()}/agent/ignored/v1/rewards", json.dumps(whole).encode()))[0] == 200
+    assert (await call(door, "/v1/rewards", b'{"value": 2, "call": 3}', {"authorization": f"Bearer {key_for()}"}))[
+        0
+    ] == 200
+    state = door.end_attempt("r", 1)
+    assert [reward.pop("time") >= before for reward in state.rewards] == [True] * 3
+    first = {"value": 1.0, "name": "reward", "agent": "", "components": {}, "call_sequence": -1}
+    assert (
+        state.rewards == [first, whole | {"call_sequence": -1}, first | {"value": 2.0, "call_sequence": 3}]
+        and state.spans == []
+    )
+    assert (await call(door, path, b'{"value": 1}'))[0] == 401 and len(state.rewards) == 3
+    assert (await call(door, "/a/rg-x.y/v1/rewards", b'{"value": 1}'))[0] == 401
+    assert (await call(door, f"/a/{key_for('other')}/v1/rewards", method="GET"))[0] == 404
+
+
+async def test_what_vllm_raises_after_its_answer_goes_no_further():
+    """As Starlette does with each of its 500s."""
+
+    class Raises(App):
+        async def __call__(self, scope, receive, send):
+            await super().__call__(scope, receive, send)
+            raise RuntimeError("already answered")
+
+    door = gate(Raises(500, b'{"error": {"message": "went wrong"}}'))
+    status, body = await call(door, f"/a/{key_for()}/v1/chat/completions")
+    assert status == 500 and body["error"]["message"] == "went wrong"
+
+    async def before():
+        raise RuntimeError("not answered")
+
+    with pytest.raises(RuntimeError, match="not answered"):
+        await call(gate(App(work=before)), f"/a/{key_for()}/v1/chat/completions")
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("", "not JSON"),
+        ("[1]", 'a JSON object with a "value"'),
+        ('{"reward": 1}', 'a JSON object with a "value"'),
+        ('{"value": "0.5"}', "a reward is a number, not str '0.5'"),
+        ('{"value": null}', "a reward is a number, not NoneType"),
+        ('{"value": NaN}', "a reward is nan; it has to be finite"),
+        ('{"value": 1e999}', "a reward is inf; it has to be finite"),
+        ('{"value": 1%s}' % ("0" * 400), "a reward is inf; it has to be finite"),
+        ('{"value": 1, "name": 3}', "name must be a text"),
+        ('{"value": 1, "agent": null}', "agent must be a text"),
+        ('{"value": 1, "components": [1]}', "components must be an object of numbers"),
+        ('{"value": 1, "components": {"rows": "x"}}', "the component 'rows' is a number, not str 'x'"),
+        ('{"value": 1, "agnet": "planner"}', "unknown: agnet; a reward has value, name, agent, components"),
+    ],
+)
+async def test_what_is_no_reward_is_told(body, words):
+    door = gate(App())
+    message = sent(await call(door, f"/a/{key_for()}/v1/rewards", body.encode()))
+    assert message.startswith("/v1/rewards: ") and words in message
+    assert door.end_attempt("r", 1).rewards == []
+
+
+@given(
+    st.binary(max_size=40)
+    | st.fixed_dictionaries(
+        {"value": st.none() | st.booleans() | st.floats() | st.integers() | TEXT},
+        optional={
+            "name": TEXT,
+            "agent": TEXT | st.none(),
+            "components": st.dictionaries(TEXT, st.floats() | TEXT) | st.lists(st.integers()),
+            "more": st.none(),
+        },
+    )
+    .map(json.dumps)
+    .map(str.encode)
+)
+def test_any_reward_is_answered(body):
+    door = gate(App())
+    status, _ = asyncio.run(call(door, f"/a/{key_for()}/v1/rewards", body))
+    assert status in (200, 400) and len(door.end_attempt("r", 1).rewards) == (status == 200)
+
+
+async def test_the_number_and_size_of_rewards_are_limited(monkeypatch):
+    monkeypatch.setattr(gateway, "MOST_KEPT", 3)
+    door, path = gate(App()), f"/a/{key_for()}/v1/rewards"
+    statuses = [(await call(door, path, b'{"value": 1}'))[0] for _ in range(5)]
+    assert statuses == [200, 200, 200, 413, 413]
+    monkeypatch.setattr(gateway, "MAX_BYTES", 30)
+    path = f"/a/{key_for('other')}/v1/rewards"
+    assert [(await call(door, path, b'{"value": 1}'))[0] for _ in range(3)] == [200, 200, 413]
+    monkeypatch.setattr(gateway, "MAX_BODY_BYTES", 5)
+    status, body = await call(door, f"/a/{key_for('third')}/v1/rewards", b'{"value": 1}')
+    assert status == 413 and body["error"]["type"] == "request_too_large"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conversations import call, conversations, rows
+from conversations import call, config, conversations, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -56,7 +56,7 @@ def gradient(model: LlamaForCausalLM, losses: list[torch.Tensor]) -> torch.Tenso
 
 def merged(model: LlamaForCausalLM, calls: list[Call], advantage: float, algorithm: Algorithm) -> torch.Tensor:
     samples = [sample for tree in build(rows(calls)) for sample in to_samples(tree, "g", advantage)]
-    weigh(samples)
+    weigh(samples, config())
     double = torch.float64
     return gradient(
         model,

@@ -85,6 +85,12 @@ def test_a_run_that_goes_on_past_its_end_keeps_the_evaluation_of_all_tasks(log):
     assert len(row["by_task"]) == 3
 
 
+def test_an_evaluation_that_is_done_again_stays_in_its_place(log):
+    for step in (0, 1, 0):
+        log.evaluation(step, ended(1.0), summarise(ended(1.0)))
+    assert [row["step"] for row in read_lines(log.evaluations)] == [0, 1]
+
+
 def test_a_run_that_trained_nothing_says_so(log, capsys):
     metrics = {"reward": 1.0, "groups": 4.0, "groups_flat": 4.0, "tokens_sampled": 80.0, "tokens_trained": 0.0}
     log.step(0, metrics)
@@ -105,7 +111,7 @@ def test_an_evaluation_says_what_it_did_not_run(capsys):
     class Stored:
         """Parts whose store has all rollouts but the last from before."""
 
-        config, step, version = config(), 4, 4
+        config, step, version, prompts = config(), 4, 4, {}
 
         def ask(self, rollouts):
             self.rollouts = rollouts

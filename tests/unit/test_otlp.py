@@ -33,10 +33,15 @@ def test_spans_as_the_exporter_sends_them(exported, encoding):
     body = gzip.compress(exported) if encoding else exported
     search, plan = spans_of(body, PROTOBUF, encoding)
     assert (search["name"], search["kind"]) == ("search", "otlp")
+    ids = {name: search["attributes"].pop(f"otlp.{name}") for name in ("trace_id", "span_id", "parent_span_id")}
     assert search["attributes"] == {"q": "ü", "hits": ["a", "b"], "found": False}
     assert plan["started"] <= search["started"] <= search["finished"] <= plan["finished"]
     assert (plan["attributes"]["depth"], plan["attributes"]["cost"]) == (2, 0.5)
     assert plan["attributes"]["otlp.status"]["code"] == 2
+    assert plan["attributes"]["otlp.trace_id"] == ids["trace_id"] != "0" * 32
+    assert plan["attributes"]["otlp.span_id"] == ids["parent_span_id"] != ids["span_id"]
+    assert "otlp.parent_span_id" not in plan["attributes"]  # it is the root
+    assert [len(bytes.fromhex(ids[name])) for name in ids] == [16, 8, 8]
     (event,) = plan["attributes"]["otlp.events"]
     assert (event["name"], event["exception.message"]) == ("exception", "no table")
 
@@ -44,8 +49,11 @@ def test_spans_as_the_exporter_sends_them(exported, encoding):
 def test_spans_in_json():
     value = {"kvlistValue": {"values": [{"key": "a", "value": {"intValue": "7"}}, {"key": "b", "value": {}}]}}
     span = {"name": "s", "attributes": [{"key": "x", "value": value}], "startTimeUnixNano": "1500000000"}
+    span |= {"traceId": "5b8efff798038103d269b633813fc60c", "spanId": "eee19b7ec3c1b174", "parentSpanId": ""}
     body = json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": [span]}]}]}).encode()
-    told = {"kind": "otlp", "name": "s", "attributes": {"x": {"a": 7, "b": None}}, "started": 1.5, "finished": 0.0}
+    ids = {"otlp.trace_id": span["traceId"], "otlp.span_id": span["spanId"]}
+    attributes = {"x": {"a": 7, "b": None}} | ids
+    told = {"kind": "otlp", "name": "s", "attributes": attributes, "started": 1.5, "finished": 0.0}
     assert spans_of(body, "application/json", "") == [told]
     assert spans_of(b"{}", "application/json", "") == []
 

@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raygent.actors.pacer import Versions, drop_stale, eval_rollouts, steps_to_admit, train_rollouts
+from raygent.actors.pacer import Versions, drop_stale, eval_rollouts, refill_rollouts, steps_to_admit, train_rollouts
 from raygent.config import load
 from raygent.records import SCHEMAS, Task
 
@@ -28,6 +28,25 @@ def test_data_order_covers_each_epoch_and_depends_on_seed_and_step_alone(config)
     assert order[:7] != order[7:14]
     ids = [rollout.rollout_id for step in steps for rollout in step]
     assert len(set(ids)) == len(ids) == 7 * 3 * 2
+
+
+def test_refills_are_other_groups_of_the_same_step(config):
+    tasks = [Task(str(number), number) for number in range(7)]
+    first, again = refill_rollouts(config, tasks, 2, 5, 1, 3), refill_rollouts(config, tasks, 2, 5, 2, 3)
+    assert first == refill_rollouts(config, tasks, 2, 5, 1, 3)
+    assert len({rollout.group_id for rollout in [*first, *again, *train_rollouts(config, tasks, 2, 5)]}) == 9
+    assert {(rollout.step, rollout.mode, rollout.resource_version) for rollout in first} == {(2, "train", 5)}
+    assert len({rollout.task_id for rollout in first}) == 3
+    assert len({rollout.task_id for rollout in refill_rollouts(config, tasks, 2, 5, 1, 30)}) == 7
+
+
+def test_remax_has_a_greedy_rollout_in_each_group(config):
+    config.algorithm.name = "remax"
+    rollouts = train_rollouts(config, [Task("a", 1), Task("b", 2)], 0, 0)
+    greedy = [rollout for rollout in rollouts if rollout.mode == "greedy"]
+    assert [rollout.index for rollout in greedy] == [2] * 3 and len(rollouts) == 9
+    assert {rollout.group_id for rollout in greedy} == {rollout.group_id for rollout in rollouts}
+    assert len({rollout.rollout_id for rollout in rollouts}) == 9
 
 
 def test_eval_runs_each_task(config):

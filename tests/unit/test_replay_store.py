@@ -19,7 +19,7 @@ from stores import call, calls, crash, open_store, rollout, rows_on_disk, run_at
 from raygent.actors import replay_store
 from raygent.actors.replay_store import AttemptSealed, ReplayStore
 from raygent.actors.segments import STATE
-from raygent.records import CALLS, REWARDS, SPANS, Reward, Seal, Span, to_batch, to_json
+from raygent.records import CALLS, REWARDS, SPANS, UPSTREAM, Reward, Seal, Span, to_batch, to_json
 
 
 def keys(leases) -> list[tuple[str, int]]:
@@ -637,3 +637,30 @@ async def test_one_process_has_the_store(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="closed"):
         await store.add_rollouts([rollout(0)])
     await open_store(tmp_path).close()
+
+
+async def test_what_upstreams_have_cost(tmp_path):
+    """Of all attempts: won, lost, still running, and rewound."""
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0), rollout(1), rollout(2, step=1)])
+    assert await store.costs() == {}
+    one, other, rewound = await store.lease("w", 3)
+
+    def priced(lease, number, name, cost, source="engine"):
+        made = call(lease.rollout.rollout_id, lease.attempt, number, source)
+        return to_batch(CALLS, [replace(made, policy=name, cost=cost)])
+
+    await run_attempt(store, one, made=1)
+    judge = UPSTREAM + "judge"
+    for lease, number, name, cost, source in (
+        (other, 0, judge, 0.5, "a"),
+        (other, 1, judge, 0.25, "a"),
+        (other, 1, judge, 0.25, "a"),  # sent again
+        (rewound, 0, judge, 2.0, "b"),
+        (rewound, 1, UPSTREAM + "planner", 1.0, "b"),
+    ):
+        await store.append("calls", priced(lease, number, name, cost, source))
+    await store.seal(Seal(rewound.rollout.rollout_id, rewound.attempt, "w", "upstream_lost", None))
+    await store.rewind(0)
+    async for now in now_and_reopened(store, tmp_path):
+        assert await now.costs() == {"judge": {"a": 0.75, "b": 2.0}, "planner": {"b": 1.0}}

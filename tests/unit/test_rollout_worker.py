@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_engine import start_tiny_engine
 
 from raygent.actors.replay_store import ReplayStore
-from raygent.actors.rollout_worker import localised, make_worker, working_folder
+from raygent.actors.rollout_worker import make_worker
 from raygent.actors.worker_pool import WorkerPool
+from raygent.actors.working_folder import localised, working_folder
 from raygent.config import Config
 from raygent.records import Rollout
 
@@ -52,7 +53,7 @@ async def answer(task, model):
         asyncio.get_running_loop().create_task(ask(model, "slow"))
         await asyncio.sleep(0.3)
         return "yes"
-    said = await ask(model, task if task in ("overflow", "break", "slow") else "hello")
+    said = await ask(model, task if task in ("overflow", "break", "judge", "slow") else "hello")
     if task == "raises":
         raise LookupError("no table")
     if task == "hangs":
@@ -69,6 +70,12 @@ async def rewarded(task, model):
         raygent.emit_reward(0.25, name="reward", components={"rows": 1})
         raygent.emit_reward(0.125, name="style")
         return None
+    if task in ("sends", "sends and returns"):
+        async with httpx.AsyncClient(base_url=model.anthropic_base_url) as client:
+            for reward in ({"value": 0.5}, {"value": 0.375, "components": {"rows": 1}}, {"value": 2, "agent": "planner"}):
+                (await client.post("/v1/rewards", json=reward)).raise_for_status()
+            assert (await client.post("/v1/rewards", json={"value": "high"})).status_code == 400
+        return 0.75 if task == "sends and returns" else None
     return {"number": 0.5, "bool": True, "dict": {"reward": 0.75, "rows": 1}, "nan": float("nan"), "none": None}[task]
 
 def blocks(task, model):
@@ -96,7 +103,7 @@ class Setup:
         tree = {
             "path": str(folder / "raygent.toml"),
             "model": {"path": "m/m"},
-            "agent": {"run": f"worked.py:{run}", "timeout_s": 5.0, "max_calls": 5} | agent,
+            "agent": {"run": f"worked.py:{run}", "timeout_s": 20.0, "max_calls": 5} | agent,
             "grader": {"run": grader, "failed_reward": -1.0} if grader else {"failed_reward": -1.0},
             "data": {"train": "tasks.jsonl"},
             "workers": {"cpus": 0.1, "lease_s": 2.0, "max": 3} | (workers or {}),
@@ -127,7 +134,7 @@ class Setup:
         ray.get(self.store.add_rollouts.remote(rollouts))
         return [rollout.rollout_id for rollout in rollouts]
 
-    def ended(self, timeout_s=60):
+    def ended(self, timeout_s=180):
         """By rollout's input: its row, with its winning attempt's error and its rewards."""
         assert ray.get(self.store.wait.remote(0, "train", timeout_s)) == 0
         tables = {name: table.to_pylist() for name, table in ray.get(self.store.take.remote(0, "train")).items()}
@@ -197,17 +204,22 @@ def test_outcomes_with_a_grader(setup):
 def test_rewards_without_a_grader(setup):
     on = setup("rewarded", timeout_s=30.0)
     on.worker()
-    on.ask(["number", "bool", "dict", "emits", "nan", "none"])
+    on.ask(["number", "bool", "dict", "emits", "sends", "sends and returns", "nan", "none"])
     ended = on.ended()
     assert {task: (row["outcome"], row["reward"]) for task, row in ended.items()} == {
         "number": ("succeeded", 0.5),
         "bool": ("succeeded", 1.0),
         "dict": ("succeeded", 0.75),
         "emits": ("succeeded", 0.25),
+        "sends": ("succeeded", 0.375),
+        "sends and returns": ("succeeded", 0.75),
         "nan": ("agent_error", -1.0),
         "none": ("no_reward", -1.0),
     }
     assert [(row["name"], row["value"]) for row in ended["emits"]["rewards"]] == [("reward", 0.25), ("style", 0.125)]
+    by_http = [(row["value"], row["agent"], row["components"]) for row in ended["sends"]["rewards"]]
+    assert by_http == [(0.5, "", "{}"), (0.375, "", '{"rows":1.0}'), (2.0, "planner", "{}")]
+    assert [row["value"] for row in ended["sends and returns"]["rewards"]] == [0.5, 0.375, 2.0, 0.75]
 
 
 def test_a_call_still_in_flight_at_the_end_is_cut_off(setup):
@@ -218,7 +230,7 @@ def test_a_call_still_in_flight_at_the_end_is_cut_off(setup):
 
 
 def test_what_the_engine_broke_in_a_process_is_tried_again_too(setup):
-    on = setup("answer", grader="graded.py:grade", workers={"max_attempts": 2}, **{"in": "subprocess"})
+    on = setup("answer", grader="graded.py:grade", workers={"max_attempts": 2}, timeout_s=60.0, **{"in": "subprocess"})
     on.worker()
     on.ask(["break", "raises"], ["yes", "yes"])
     ended = on.ended()
@@ -236,6 +248,20 @@ def test_what_the_engine_broke_is_tried_again(setup):
     attempts = on.all_attempts()
     assert [row["outcome"] for row in attempts] == ["engine_lost"] * 2
     assert "the engine broke" in attempts[0]["error"]
+
+
+def test_what_an_upstream_failed_is_tried_again_and_stops_nobody(setup):
+    workers = {"max_attempts": 2, "rollouts_each": 1, "lease_s": 20.0}
+    on = setup("answer", grader="graded.py:grade", timeout_s=30.0, workers=workers)
+    on.worker()
+    on.ask(["judge", "fine"], ["yes", "yes"])
+    ended = on.ended()
+    assert {task: row["status"] for task, row in ended.items()} == {"judge": "lost", "fine": "succeeded"}
+    first, fine, again = sorted(on.all_attempts(), key=lambda row: row["started"])
+    assert [row["outcome"] for row in (first, fine, again)] == ["upstream_lost", "succeeded", "upstream_lost"]
+    assert "upstream.vendor: HTTP 500" in first["error"]
+    assert again["started"] >= first["finished"] > first["started"] + 3  # the upstream has had some time
+    assert fine["started"] < first["finished"]  # in the one place that there is
 
 
 def test_an_engine_killed_and_replaced(setup):
@@ -310,8 +336,47 @@ def test_an_instrumented_programs_traces_are_its_spans(setup):
     assert (row["outcome"], row["reward"], len(row["calls"])) == ("succeeded", 0.5, 1)
     ray.get(on.store.close.remote())
     (span,) = [span for span in pq.read_table(on.folder / "store" / "spans").to_pylist() if span["kind"] == "otlp"]
-    assert (span["name"], json.loads(span["attributes"])) == ("search", {"hits": 3, "words": ["a", "b"]})
+    attributes = json.loads(span["attributes"])
+    assert span["name"] == "search" and attributes | {"hits": 3, "words": ["a", "b"]} == attributes
+    assert len(attributes["otlp.trace_id"]) == 32 and len(attributes["otlp.span_id"]) == 16
     assert span["started"] <= row["calls"][0]["started"] <= row["calls"][0]["finished"] <= span["finished"]
+
+
+LIMITED = """
+import json, os, subprocess, sys, time, urllib.request
+
+def post(url, body):
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    urllib.request.urlopen(request, timeout=30).read()
+
+post(os.environ["OPENAI_BASE_URL"] + "/chat/completions", {"messages": [{"role": "user", "content": "hello"}]})
+post(os.environ["RAYGENT_REWARD_URL"], {"value": 0.625})
+task = json.loads(os.environ["RAYGENT_TASK"])
+if task == "memory":
+    hog = subprocess.Popen([sys.executable, "-c", "import time; x = b'x' * (300 << 20); time.sleep(60)"])
+    hog.wait()
+if task == "processes":
+    for _ in range(30):
+        subprocess.Popen(["sleep", "7552"])
+    time.sleep(60)
+"""
+
+
+def test_a_program_rewarded_by_http_and_its_limits(setup, processes_of):
+    on = setup("answer", timeout_s=30.0)
+    (on.folder / "limited.py").write_text(LIMITED)
+    on.config.agent.run, on.config.agent.command = None, [sys.executable, "limited.py"]
+    on.config.agent.memory_mb, on.config.agent.processes = 200, 8
+    on.worker()
+    on.ask(["fine", "memory", "processes"])
+    ended = on.ended()
+    assert {task: (row["status"], row["outcome"], row["reward"], row["attempts"]) for task, row in ended.items()} == {
+        "fine": ("succeeded", "succeeded", 0.625, 1),
+        "memory": ("failed", "over_memory", -1.0, 1),
+        "processes": ("failed", "over_processes", -1.0, 1),
+    }
+    assert "agent.memory_mb: " in ended["memory"]["error"] and "agent.processes: " in ended["processes"]["error"]
+    assert processes_of("sleep 7552") == []
 
 
 def test_a_worker_worn_out_by_hung_threads_is_replaced(setup):

@@ -400,6 +400,7 @@ def test_kills_under_load_lose_and_double_no_acknowledgement(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_many_kills_under_load_lose_and_double_no_acknowledgement(tmp_path):
     kill_under_load(tmp_path, rounds=300, seed=2)
 

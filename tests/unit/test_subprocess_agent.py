@@ -3,17 +3,22 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import ray
 
 from raygent.actors.agent_runner import AgentRunner, Recorder
-from raygent.actors.subprocess_agent import last_line, read_events
-from raygent.agent import ModelEndpoint
+from raygent.actors.outcomes import outcome_of
+from raygent.actors.subprocess_agent import TASK_BYTES, last_line, read_events, scrubbed_environment
+from raygent.callables import ModelEndpoint
 from raygent.config import Config
+from raygent.jobs.dry_run import _check_command
 
 ENDPOINT = ModelEndpoint("http://127.0.0.1:1/app/a/rg-key.sig/v1", "rg-key.sig")
 
@@ -50,11 +55,45 @@ def test_what_a_command_finds(tmp_path, monkeypatch):
     found = ended.value["env"]
     assert found["OPENAI_BASE_URL"] == ENDPOINT.base_url and found["OPENAI_API_KEY"] == "rg-key.sig"
     assert found["ANTHROPIC_BASE_URL"] == ENDPOINT.base_url.removesuffix("/v1")
+    assert found["RAYGENT_REWARD_URL"] == ENDPOINT.base_url + "/rewards"
     assert json.loads(found["RAYGENT_TASK"]) == {"question": "how many?"}
     assert "secret" not in found.values()
     assert not [name for name in found if name.startswith("RAY_")]
     span = recorder.spans[0]
     assert span.kind == "stdout" and json.loads(span.attributes)["stdout"].startswith("thinking\n")
+
+
+def test_a_program_finds_nothing_of_rays_in_its_environment(cluster, tmp_path):
+    """In a worker of a job with a working_dir: what is not as Ray itself was started with is the job's own."""
+
+    def environments():
+        raylet = Path(f"/proc/{os.environ['RAY_RAYLET_PID']}/environ").read_bytes()
+        return raylet.decode(), dict(os.environ), scrubbed_environment()
+
+    def of_worker(**env_vars):
+        runtime_env = {"working_dir": f"file://{files}", "env_vars": env_vars}
+        return ray.get(ray.remote(environments).options(num_cpus=0.5, runtime_env=runtime_env).remote())
+
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "file").touch()
+    files = shutil.make_archive(str(tmp_path / "files"), "zip", tmp_path, "job")
+    raylet, worker, program = of_worker(OWN="1")
+    assert worker["PYTHONBREAKPOINT"].startswith("ray.") and "working_dir_files" in worker["PYTHONPATH"]
+    assert {"OMP_NUM_THREADS", "SPT_NOENV"} <= worker.keys()
+    new = {name for name, value in program.items() if f"{name}={value}" not in raylet.split("\0")}
+    assert new - {"PWD", "OLDPWD"} == {"OWN"}
+    own = {"PYTHONBREAKPOINT": "own.debugger", "OMP_NUM_THREADS": "3"}
+    _, worker, program = of_worker(**own, PYTHONPATH="/own:/too")
+    assert worker["PYTHONBREAKPOINT"].startswith("ray.") and not worker["PYTHONPATH"].startswith("/own")
+    assert program | own == program and program["PYTHONPATH"].startswith("/own:/too")
+
+
+def test_the_largest_task_is_what_linux_lets_a_variable_hold(tmp_path):
+    config = config_of(tmp_path, command=["sh", "-c", 'printf %s "$RAYGENT_TASK" | wc -c'])
+    largest = "x" * (TASK_BYTES - len('""'))
+    assert run(config, largest)[0].value == TASK_BYTES
+    ended, _ = run(config, largest + "x")
+    assert ended.how == "raised" and "Argument list too long" in ended.error
 
 
 def test_what_a_command_gives_back(tmp_path):
@@ -125,6 +164,86 @@ def test_nothing_is_left_when_the_owner_or_a_supervisor_is_killed(tmp_path, proc
     finally:
         owner.kill()
         owner.wait()
+
+
+HOG = "import time; x = b'x' * (300 << 20); time.sleep(30)"
+FORKS = """
+import os, sys, time
+x = b'x' * (100 << 20)
+children = []
+for _ in range(3):
+    if (pid := os.fork()) == 0:
+        time.sleep(0.6)
+        os._exit(0)
+    children.append(pid)
+for pid in children:
+    os.waitpid(pid, 0)
+print(1)
+"""
+
+
+def test_too_much_memory_kills_the_whole_tree(tmp_path, processes_of):
+    hog = f'{sys.executable} -c "{HOG}"'
+    for script in (f"{hog} & setsid sleep 7444 & sleep 7444", f"(setsid {hog} &); setsid sleep 7444 & exec sleep 7444"):
+        ended, recorder = shell(tmp_path, f"echo trace >&2; {script}", memory_mb=150)
+        assert ended.how == "over_memory" and ended.error.startswith(
+            "trace\nagent.memory_mb: the agent's processes took"
+        )
+        assert "MiB, over the limit of 150" in ended.error and outcome_of(ended, {}) == "over_memory"
+        assert processes_of("sleep 7444") == [] and processes_of(f"{sys.executable} -c {HOG}") == []
+        assert recorder.spans[0].kind == "stdout"
+
+
+def test_memory_is_that_of_all_processes_and_shared_pages_count_once(tmp_path):
+    ended, _ = run(config_of(tmp_path, command=[sys.executable, "-c", FORKS], memory_mb=200))
+    assert (ended.how, ended.value) == ("returned", 1)
+    small = HOG.replace("300", "60")
+    ended, _ = shell(tmp_path, f'for i in 1 2 3; do {sys.executable} -c "{small}" & done; wait', memory_mb=150)
+    assert ended.how == "over_memory"
+
+
+def test_too_many_processes_kill_the_whole_tree(tmp_path, processes_of):
+    bomb = "for i in $(seq 30); do (setsid sleep 7445 &); done; sleep 7445"
+    ended, _ = shell(tmp_path, bomb, processes=8)
+    assert ended.how == "over_processes" and "agent.processes: the agent had " in ended.error
+    assert "over the limit of 8" in ended.error and outcome_of(ended, {}) == "over_processes"
+    assert processes_of("sleep 7445") == []
+    # Daemons that have ended are no processes any more, though nobody waits for them.
+    ended, _ = shell(tmp_path, "for i in $(seq 30); do (true &); done; sleep 0.5; echo 1", processes=8)
+    assert (ended.how, ended.value) == ("returned", 1)
+
+
+def test_an_agent_within_its_limits_ends_as_it_does(tmp_path):
+    limits = {"memory_mb": 500, "processes": 8}
+    ended, _ = shell(tmp_path, "sleep 0.3; echo 0.5; exit 4", **limits)
+    assert ended.how == "raised" and "exit code 4" in ended.error
+    ended, _ = shell(tmp_path, "sleep 9", timeout_s=0.4, **limits)
+    assert ended.how == "timeout"
+    (tmp_path / "within.py").write_text("import time\ndef answer(task):\n    time.sleep(0.3)\n    return task\n")
+    ended, _ = run(config_of(tmp_path, run="within.py:answer", **limits, **{"in": "subprocess"}), {"q": 1})
+    assert ended.value == {"q": 1}
+    (tmp_path / "within.py").write_text(f"def answer(task):\n    {HOG}\n")
+    ended, _ = run(config_of(tmp_path, run="within.py:answer", **limits | {"memory_mb": 200}, **{"in": "subprocess"}))
+    assert ended.how == "over_memory"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="V8 is what this is about")
+def test_a_memory_limit_is_not_one_of_addresses(tmp_path):
+    """V8 reserves more addresses than RLIMIT_AS of such a size gives."""
+    script = "setTimeout(() => console.log(0.5), 500)"
+    ended, _ = run(config_of(tmp_path, command=["node", "-e", script], memory_mb=300, processes=2))
+    assert (ended.how, ended.value) == ("returned", 0.5)
+
+
+def test_a_program_of_an_environment_of_its_own(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    (site,) = tmp_path.glob(".venv/lib/python*/site-packages")
+    (site / "only_here.py").write_text("WORD = 'here'\n")
+    (tmp_path / "agent.py").write_text("import only_here, sys\nprint([only_here.WORD, sys.prefix])\n")
+    config = config_of(tmp_path, command=[".venv/bin/python", "agent.py"])
+    _check_command(config)
+    ended, _ = run(config)
+    assert ended.value == f"['here', '{tmp_path}/.venv']"
 
 
 def gone_soon(processes_of, text):

@@ -9,15 +9,13 @@ import json
 import numbers
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from raygent.config import ConfigError
+from raygent.config import POLICY, ConfigError
 from raygent.emit import finite, scalar
-
-POLICY = "policy"  # the model name under which the engine serves the policy
 
 # What an agent and a grader are offered, in this order; the names by which a parameter can ask for each.
 AGENT_OFFERS = (("task", "input", "task_input"), ("model", "endpoint"))
@@ -34,6 +32,7 @@ class ModelEndpoint:
     base_url: str  # .../v1
     api_key: str
     model: str = POLICY
+    prompts: dict[str, str] = field(default_factory=dict, hash=False)  # those of [prompts], in the versions under trial
 
     def agent(self, name: str) -> ModelEndpoint:
         """The same model for the agent `name`: its calls are recorded, rewarded and trained under that name."""

@@ -1,0 +1,45 @@
+"""Three tasks whose best reward is known: 1.
+
+- string: one reply, all of lower-case letters;
+- turns: digits, then, one turn on, lower-case letters;
+- split: capitals, then digits, each in a conversation of its own.
+"""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+from openai import AsyncOpenAI
+
+from raygent import emit_reward
+
+LENGTH = 4  # tokens, and characters, of a reply
+WANTED = {"lower": string.ascii_lowercase, "upper": string.ascii_uppercase, "digits": string.digits}
+
+
+def share(text: str, kind: str) -> float:
+    """How many of the LENGTH characters are of the wanted kind."""
+    return sum(character in WANTED[kind] for character in text[:LENGTH]) / LENGTH
+
+
+async def answer(task: dict[str, Any], model: Any) -> float:
+    client = AsyncOpenAI(base_url=model.base_url, api_key=model.api_key)
+
+    async def say(messages: list[Any]) -> str:
+        reply = await client.chat.completions.create(
+            model="policy", messages=messages, max_tokens=LENGTH, temperature=1.0
+        )
+        return reply.choices[0].message.content or ""
+
+    def asked(kind: str) -> dict[str, str]:
+        return {"role": "user", "content": f"{task['word']} {kind}"}
+
+    if task["kind"] == "string":
+        return share(await say([asked("lower")]), "lower")
+    if task["kind"] == "split":
+        return (share(await say([asked("upper")]), "upper") + share(await say([asked("digits")]), "digits")) / 2
+    first = await say([asked("digits")])
+    second = await say([asked("digits"), {"role": "assistant", "content": first}, asked("lower")])
+    emit_reward(share(first, "digits") / 2, call=0)  # trained with credit = "turn" alone
+    return (share(first, "digits") + share(second, "lower")) / 2

@@ -1,0 +1,50 @@
+"""The table `prompts` of a run that changes prompts: `store/prompts/prompts.parquet`, all versions of all prompts with their
+parents, written whole by the driver; and `prompts/NAME.txt`, the best version of each as text.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from raygent.actors.segments import write_atomically
+from raygent.actors.store_tables import read_parquet, write_parquet
+from raygent.cluster.metrics import read_lines
+from raygent.config import Config
+from raygent.records import PROMPTS, PromptVersion, to_batch
+
+Row = dict[str, Any]
+
+
+def file_of(store: Path) -> Path:
+    return store / "prompts" / "prompts.parquet"
+
+
+def write_prompts(run_directory: Path, rows: list[Row]) -> None:
+    file, texts = file_of(run_directory / "store"), run_directory / "prompts"
+    for folder in (file.parent, texts):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_parquet(file, pa.Table.from_batches([to_batch(PROMPTS, rows)]))
+    for row in rows:
+        if row["best"]:
+            write_atomically(texts / f"{row['name']}.txt", [f"{row['text']}\n".encode()])
+
+
+def read_prompts(run_directory: Path) -> list[Row]:
+    """None where no step has ended yet. Raises StoreDamaged."""
+    file = file_of(run_directory / "store")
+    return read_parquet(file).to_pylist() if file.is_file() else []
+
+
+def steps_done(run_directory: Path) -> int:
+    return len(read_lines(run_directory / "metrics.jsonl"))
+
+
+def prompts_in_force(config: Config) -> dict[str, PromptVersion]:
+    """The best of the run until now, else the first ones."""
+    rows = read_prompts(config.run_directory) if config.changes_prompts else []
+    if best := {row["name"]: row for row in rows if row["best"]}:
+        return {name: {"version": row["version"], "text": row["text"]} for name, row in best.items()}
+    return {name: {"version": 0, "text": text} for name, text in config.first_prompts().items()}

@@ -1,0 +1,185 @@
+"""The driver of a run that changes prompts, and no weights: `raygent train` where algorithm.name is apo, gepa or
+bootstrap_fewshot.
+
+Candidates are tried by rollouts of mode "score" on training tasks, and the optimiser's model is asked by rollouts of mode "ask":
+both go through the store, the workers and the gateway as all others do. Their ids tell step, task and prompts, so given again
+the same command does the same steps again with the rollouts that the store has, and goes on behind them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from raygent.actors.pacer import digest, only
+from raygent.algorithms.prompt_search import Prompts, Search, Trial, split
+from raygent.cluster.metrics import RunLog
+from raygent.cluster.prompt_table import steps_done, write_prompts
+from raygent.config import Config
+from raygent.jobs.evaluate import evaluate
+from raygent.jobs.try_agent import messages_of, reply_of
+from raygent.records import UPSTREAM, Rollout, Task
+from raygent.task import load_tasks
+
+if TYPE_CHECKING:
+    from raygent.cluster.parts import Parts
+
+Row = dict[str, Any]
+UNREAD = {"prompt_token_ids", "logprobs", "policy_versions", "input", "private"}  # large, and nothing here reads them
+MOST_SHOWN = 6000  # characters of one transcript, from its end
+
+
+def optimise_prompts(config: Config) -> None:
+    from raygent.cluster.parts import Parts
+
+    settings, seed = config.algorithm, config.run.seed
+    feedback, selection = split(load_tasks(config.data.train, "data.train"), settings.selection_tasks, seed)
+    held_out = load_tasks(config.data.eval, "data.eval")
+    log = RunLog(config)
+    done = steps_done(config.run_directory)
+    log.resume(done)
+    with Parts(config, learn=False) as parts:
+        trials = Trials(parts)
+
+        def told(search: Search) -> None:
+            if search.step >= done:  # else a step of before, done again
+                write_prompts(config.run_directory, search.tree.rows(search.best))
+                log.step(search.step, progress(search) | parts.measures())
+
+        first = config.first_prompts()
+        search = Search(
+            first, trials.run, trials.ask, told, config.run.steps, settings.max_rollouts, settings.group_size
+        )
+        parts.step, parts.prompts = 0, search.tree.prompts(search.tree.first)
+        if held_out:
+            log.evaluation(0, *evaluate(parts, held_out))
+        best = importlib.import_module(f"raygent.algorithms.{settings.name}").optimise(
+            search, feedback, selection, settings, seed
+        )
+        parts.step, parts.prompts = search.step, search.tree.prompts(best)
+        if held_out and search.step:
+            log.evaluation(search.step, *evaluate(parts, held_out))
+        counts = parts.counts()
+    log.prompts(search.tree.rows(best))
+    log.finish(counts)
+    for name, text in search.tree.texts(best).items():
+        log.note(f"prompt {name}, version {best[name]}, in {config.run_directory / 'prompts'}:\n{text}")
+
+
+def progress(search: Search) -> dict[str, float]:
+    """A row of metrics.jsonl. `reward`: the best score on the selection tasks until now."""
+    return {
+        "reward": search.best_score,
+        "prompt_versions": len(search.tree),
+        "rollouts": search.rollouts,
+        "asked": search.asked,
+        "unanswered": search.unanswered,
+    }
+
+
+class Trials:
+    """Rollouts of the run `parts` for a Search."""
+
+    def __init__(self, parts: Parts) -> None:
+        from transformers import AutoTokenizer
+
+        self.parts, self.config = parts, parts.config
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(parts.config.model.path)
+
+    def run(self, step: int, pairs: list[tuple[Prompts, Task]]) -> list[Trial]:
+        """One trial a pair, of algorithm.group_size rollouts each; those of one pair that stands there twice are the same."""
+        groups, rollouts = [], {}
+        for prompts, task in pairs:
+            of_prompts = digest({name: prompt["text"] for name, prompt in prompts.items()})
+            groups.append(f"score-{step:06d}-{of_prompts}-{digest(task.id, task.input, task.private)}")
+            for index in range(self.config.algorithm.group_size):
+                name, version = f"{groups[-1]}-{index}", self.parts.version
+                rollouts[name] = Rollout(
+                    name, task.id, groups[-1], "score", step, index, task.input, task.private, version, prompts
+                )
+        tables = self._collect(step, "score", rollouts)
+        by_group: dict[str, list[Row]] = defaultdict(list)
+        for row in tables["rollouts"]:
+            by_group[row["group_id"]].append(row)
+        if lost := sum(row["reward"] is None for row in tables["rollouts"]):
+            raise RuntimeError(
+                f"infrastructure lost {lost} of {len(rollouts)} trials, and candidates are compared by all; the same command "
+                "tries these again"
+            )
+        of = {table: by_rollout(tables[table]) for table in ("attempts", "calls", "rewards", "spans")}
+        return [self._trial(task, by_group[group], of) for (_, task), group in zip(pairs, groups, strict=True)]
+
+    def ask(self, step: int, texts: list[str]) -> list[str]:
+        """What the agent "optimiser" has for a model says to each text; "" where it said nothing."""
+        rollouts = []
+        for place, text in enumerate(texts):
+            name = f"ask-{step:06d}-{digest(text)}-{texts[:place].count(text)}"  # asked twice, it may say two things
+            rollouts.append(Rollout(name, "ask", name, "ask", step, 0, text, None, self.parts.version))
+        tables = self._collect(step, "ask", {rollout.rollout_id: rollout for rollout in rollouts})
+        lost = [row["rollout_id"] for row in tables["rollouts"] if row["status"] == "lost"]
+        if lost:
+            raise RuntimeError(
+                f"the optimiser's model gave no reply to {len(lost)} of {len(texts)} requests; the same command asks again"
+            )
+        said = {row["rollout_id"]: output_of([row]) for row in tables["spans"] if row["name"] == "output"}
+        return [said.get(rollout.rollout_id) or "" for rollout in rollouts]
+
+    def _collect(self, step: int, mode: str, rollouts: dict[str, Rollout]) -> dict[str, list[Row]]:
+        self.parts.ask(list(rollouts.values()))
+        with self.parts.clock(mode):
+            tables = only(self.parts.collect(step, mode, spans=True), set(rollouts))
+        told = {name: table.drop_columns(list(UNREAD & set(table.column_names))) for name, table in tables.items()}
+        return {name: table.to_pylist() for name, table in told.items()}
+
+    def _trial(self, task: Task, rows: list[Row], of: dict[str, dict[str, list[Row]]]) -> Trial:
+        scores = [row["reward"] for row in rows]
+        worst, best = (rows[scores.index(end)]["rollout_id"] for end in (min(scores), max(scores)))
+        records = {table: rows_of[worst] for table, rows_of in of.items()}
+        given = output_of(of["spans"][best])
+        return Trial(task, sum(scores) / len(scores), self._transcript(min(scores), records), given)
+
+    def _transcript(self, reward: float, records: dict[str, list[Row]]) -> str:
+        """The conversation of each agent, what came of it, and the reward. What `private` holds is not in it."""
+        calls = sorted(records["calls"], key=lambda call: call["sequence"])
+        said = [messages_of(json.loads(call["request"])) for call in calls]
+        lines = []
+        for place, call in enumerate(calls):
+            agent, mine = call["agent"], said[place]
+            later = zip(calls[place + 1 :], said[place + 1 :], strict=True)
+            if any(other["agent"] == agent and more[: len(mine)] == mine for other, more in later):
+                continue  # a later call of the agent's has it all
+            of = f" of agent {agent}" if len({one["agent"] for one in calls}) > 1 else ""
+            reply = (
+                reply_of(call["response"])
+                if call["policy"].startswith(UPSTREAM)
+                else self.tokenizer.decode(call["response_token_ids"], skip_special_tokens=True)
+            )
+            lines += [f"[conversation{of}]", *mine, f"assistant: {reply}"]
+        lines.append(f"[output] {output_of(records['spans'])}")
+        for attempt in records["attempts"]:
+            if attempt["outcome"] == "grader_error":
+                lines.append("[error] the grader failed")  # what it says may tell what the agent is not to know
+            elif attempt["error"]:
+                lines.append(f"[error] {attempt['error']}")
+        parts = {
+            name: value for row in records["rewards"] for name, value in json.loads(row["components"] or "{}").items()
+        }
+        lines.append(f"[reward] {reward:g}" + "".join(f", {name} {value:g}" for name, value in parts.items()))
+        text = "\n".join(lines)
+        return text if len(text) <= MOST_SHOWN else "..." + text[-MOST_SHOWN:]
+
+
+def by_rollout(rows: list[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        found[row["rollout_id"]].append(row)
+    return found
+
+
+def output_of(spans: list[Row]) -> str:
+    """What the agent returned, as text; "" where it returned nothing."""
+    values = [json.loads(span["attributes"]).get("value") for span in spans if span["name"] == "output"]
+    value = values[-1] if values else None
+    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,235 @@
+"""The examples in their frameworks: the same files against a vendor's stand-in and against raygent, which trains the agents
+that their TOMLs name. One model for all, taught within seconds what the stand-in answered, and one learner."""
+
+import asyncio
+import importlib
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from attempts import SECRET, Attempt, engine_config
+from conversations import config, rollout, tables
+from ray import cloudpickle
+
+from raygent.actors.engine_handle import EngineHandle
+from raygent.actors.learner import Learner, LearnerGroup
+from raygent.algorithms.batch import make_samples
+from raygent.cluster.parts import NAMESPACE
+from raygent.cluster.serve_app import delete_app, start_app
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "sql"
+cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the learner's process cannot import it
+
+
+@dataclass
+class Example:
+    """`models`: the names of those that its agents ask for, in the order of a task whose first query fails."""
+
+    name: str
+    models: list[str]
+    toml: str = ""
+    run: str = ""  # in the place of the TOML's
+    files: list[str] = field(default_factory=list)
+
+    @property
+    def agent(self) -> dict[str, Any]:
+        settings = tomllib.loads((EXAMPLES / f"{self.toml or self.name}.toml").read_text())["agent"]
+        return settings | ({"run": self.run} if self.run else {})
+
+
+HANDED_OFF = ["triage", "sql", "sql", "sql"]
+ALL = [
+    Example("openai_agents", HANDED_OFF, files=["openai_agents.py"]),
+    Example("responses", HANDED_OFF, "openai_agents", "openai_agents.py:answer_by_responses", ["openai_agents.py"]),
+    Example("mcp", HANDED_OFF, files=["openai_agents.py", "sql_server.py"]),
+    Example("anthropic_agent", ["policy"] * 3, files=["anthropic_agent.py"]),
+    Example("node", ["sql"] * 3, files=["node/agent.mjs"]),
+    Example("langgraph", ["writer", "checker", "rewriter", "checker"], files=["langgraph_agent.py"]),
+    Example("autogen_chat", ["writer", "reviewer"] * 2, files=["autogen_chat.py"]),
+    Example("crew", ["author", "tester", "tester", "tester"], files=["crew.py"]),
+]
+examples = pytest.mark.parametrize("example", ALL, ids=[example.name for example in ALL])
+QUERIES = [  # question, the query with main names, the right one
+    ("which items ?", "SELECT title FROM items", "SELECT name FROM items"),
+    ("what costs 3 ?", "SELECT title FROM items WHERE price = 3", "SELECT name FROM items WHERE price = 3"),
+]
+
+
+@pytest.fixture(scope="module")
+def module() -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of the examples' folder."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(EXAMPLES))
+    yield importlib.import_module
+    sys.path.remove(str(EXAMPLES))
+    for name in set(sys.modules) - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == EXAMPLES:
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    path = tmp_path_factory.mktemp("shop") / "shop.sqlite"
+    connection = sqlite3.connect(path)
+    connection.executescript(
+        "CREATE TABLE items (name TEXT, price INTEGER); INSERT INTO items VALUES ('pen', 3), ('ink', 5)"
+    )
+    connection.close()
+    return [
+        {
+            "id": f"task-{number}",
+            "input": {"database": str(path), "schema": "shop : items", "question": question},
+            "private": {"guess": guess, "sql": sql, "ordered": False},
+        }
+        for number, (question, guess, sql) in enumerate(QUERIES)
+    ]
+
+
+@pytest.fixture
+def packages(example: Example) -> None:
+    """What the program in JavaScript needs, as its lock file has it."""
+    if example.name != "node":
+        return
+    if shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed; Node 20 or later has them")
+    if not (EXAMPLES / "node/node_modules").is_dir():
+        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=EXAMPLES / "node", check=True, timeout=120)
+
+
+async def run(module: Callable[[str], ModuleType], agent: dict[str, Any], task: dict[str, Any], at: Any) -> Any:
+    """What the agent gives for the task's input, with its model at `at`."""
+    if "command" in agent:
+        environment = {"OPENAI_BASE_URL": at.base_url, "OPENAI_API_KEY": at.api_key}
+        process = await asyncio.create_subprocess_exec(
+            *agent["command"],
+            cwd=EXAMPLES,
+            env=os.environ | environment | {"RAYGENT_TASK": json.dumps(task["input"])},
+            stdout=subprocess.PIPE,
+        )
+        told, _ = await process.communicate()
+        assert process.returncode == 0
+        return told.decode().splitlines()[-1]
+    name, function = agent["run"].split(".py:")
+    return await getattr(module(name), function)(task["input"], at)
+
+
+@examples
+def test_it_knows_nothing_of_raygent(example: Example) -> None:
+    assert all("raygent" not in (EXAMPLES / name).read_text() for name in example.files)
+
+
+@examples
+async def test_a_vendor_will_do(example: Example, module, tasks, packages) -> None:
+    with module("oracle").oracle_of(tasks) as oracle:
+        found = await asyncio.gather(*(run(module, example.agent, task, vendor(oracle, task)) for task in tasks))
+    assert found == [task["private"]["sql"] for task in tasks]
+    for task in tasks:
+        assert [call["model"] for call in oracle.seen if call["task"] == task["id"]] == example.models
+
+
+def vendor(oracle: Any, task: dict[str, Any]) -> SimpleNamespace:
+    return SimpleNamespace(
+        base_url=f"{oracle.url}/v1", anthropic_base_url=oracle.url, api_key=task["id"], model="policy"
+    )
+
+
+@pytest.fixture(scope="module")
+async def tool_model(module, tasks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As prepare_tools.py makes it, on a few tasks, all of which it knows by heart."""
+    prepare, tools = module("prepare"), module("prepare_tools")
+    folder = tmp_path_factory.mktemp("tool_model")
+    talks = []
+    for agent, _ in tools.RECORDED:
+        talks += await tools.record(tasks, [(agent, len(tasks))])
+    crew = next(example for example in ALL if example.name == "crew").agent
+    with module("oracle").oracle_of(tasks) as oracle:
+        await asyncio.gather(*(run(module, crew, task, vendor(oracle, task)) for task in tasks))
+    in_text = [call | {"messages": [*call["messages"], call["reply"]]} for call in oracle.seen]
+    tokenizer = tools.make_tokenizer(talks + in_text)
+    tokenizer.save_pretrained(folder)
+    prepare.settle()
+    model = prepare.make_model(len(tokenizer), tokenizer.eos_token_id, tools.CONTEXT)
+    known = [prepare.encode(tokenizer, talk["messages"], talk["tools"]) for talk in talks]
+    known += [last_reply(tokenizer, prepare, call) for call in in_text]
+    prepare.warm_up(model, known, known, 1.0, 200)
+    model.save_pretrained(folder)
+    return folder
+
+
+def last_reply(tokenizer: Any, prepare: ModuleType, call: dict[str, Any]) -> tuple[list[int], list[int]]:
+    """Only its tokens have labels: CrewAI puts what a tool said into the replies before."""
+    ids, labels = prepare.encode(tokenizer, call["messages"])
+    prompt = tokenizer.apply_chat_template(call["messages"][:-1], add_generation_prompt=True, return_dict=False)
+    return ids, [-100] * len(prompt) + labels[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def engine(tool_model: Path, store: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineHandle]:
+    directory = tmp_path_factory.mktemp("run")
+    # Cool enough that the model says what it was taught, warm enough that something is left to learn.
+    settings = engine_config("examples", directory, tool_model, continuation="exact", temperature=0.5)
+    settings.model.max_tokens = 80
+    yield start_app(settings, SECRET, "engine-tests-store", NAMESPACE, 0, str(tool_model))
+    delete_app(settings)
+
+
+@pytest.fixture(scope="module")
+def learners(cluster: None, tool_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LearnerGroup]:
+    group = LearnerGroup(
+        config(
+            run={"directory": str(tmp_path_factory.mktemp("runs")), "name": "examples", "steps": 100},
+            model={"path": str(tool_model)},
+            learner={"ranks": 1, "zero_stage": 0, "learning_rate": 1e-5, "weight_decay": 0.0},
+        )
+    )
+    group.start(None)
+    yield group
+    group.stop()
+
+
+def weights(learner: Learner) -> np.ndarray:
+    return np.concatenate([value.detach().float().numpy().ravel() for value in learner.engine.module.parameters()])
+
+
+@examples
+async def test_a_step_trains_the_agents_that_are_named(
+    example: Example, module, tasks, packages, engine, store, learners
+) -> None:
+    """Two rollouts, of different tasks so that they say different things, as a group: one with reward, one without."""
+    calls, attempts = [], [Attempt(engine, store, "train", 600.0) for _ in tasks]
+    for task, one in zip(tasks, attempts, strict=True):
+        at = SimpleNamespace(
+            base_url=f"{one.base_url}/v1", anthropic_base_url=one.base_url, api_key=one.key, model="policy"
+        )
+        assert await run(module, example.agent, task, at) == task["private"]["sql"]
+        calls += await asyncio.to_thread(one.calls)
+    names = ["agent" if name == "policy" else name for name in example.models]
+    assert [call["agent"] for call in calls] == names * len(tasks)
+
+    trained = set(example.agent.get("train", names))
+    settings = config(agent={"run": "agent:run", "train": sorted(trained)})
+    rollouts = [rollout(one.id, "group", reward) for one, reward in zip(attempts, (1.0, 0.0), strict=True)]
+    samples, _ = make_samples(tables(rollouts, calls), settings)
+    assert {sample.agent for sample in samples} == trained & set(names)
+    sampled = {name: [call["response_token_ids"] for call in calls if call["agent"] == name] for name in trained}
+    for name, responses in sampled.items():
+        masked = [sample.token_ids[sample.loss_mask.astype(bool)] for sample in samples if sample.agent == name]
+        assert sorted(np.concatenate(masked)) == sorted(np.concatenate(responses))
+
+    rank: Any = learners.ranks[0]
+    before = await rank.__ray_call__.remote(weights)
+    told = await asyncio.to_thread(learners.step, samples, 0)
+    after = await rank.__ray_call__.remote(weights)
+    assert told["gradient_norm"] > 1e-7
+    assert (before != after).mean() > 0.1
