@@ -234,7 +234,9 @@ def test_cell(cell: Cell, attempt: Any, engine: EngineHandle, tokenizer: Any, pa
 
 def has_stray_tag(text: str, cell: Cell) -> bool:
     """Whether an open text has by chance what vLLM's parsers read otherwise in a stream than in the whole."""
-    return cell.warm and cell.api != "completions" and ("<tool_call>" in text or text.count("think>") > 2 * cell.thinking)
+    return (
+        cell.warm and cell.api != "completions" and ("<tool_call>" in text or text.count("think>") > 2 * cell.thinking)
+    )
 
 
 def as_taught(cell: Cell) -> Reply:
