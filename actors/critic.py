@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raygent.actors.learner import Learner, add
+from raygent.actors.learner import Learner, add, spread
 from raygent.actors.micro_batches import MicroBatch
 from raygent.config import POLICY
 from raygent.records import Sample
@@ -24,7 +24,11 @@ class Critic(Learner):
         from transformers import AutoModelForTokenClassification
 
         model = AutoModelForTokenClassification.from_pretrained(
-            path, num_labels=1, dtype=dtype, ignore_mismatched_sizes=True
+            path,
+            num_labels=1,
+            dtype=dtype,
+            attn_implementation=self.config.learner.attention,
+            ignore_mismatched_sizes=True,
         )
         if path == self.config.model.path:
             for parameter in (getattr(model, "score", None) or model.classifier).parameters():
@@ -78,5 +82,4 @@ class Critic(Learner):
 
     def _measured(self, what: str, batch: MicroBatch) -> torch.Tensor:
         """The value of what stands before each masked token, float32 [B, T], else 0."""
-        values = self.engine(input_ids=batch.token_ids, use_cache=False).logits[:, :-1, 0].float()
-        return torch.nn.functional.pad(values, (1, 0)) * batch.mask
+        return spread(self._logits_before(self.engine, batch)[:, 0].float(), batch)

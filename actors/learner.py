@@ -131,7 +131,9 @@ class Learner:
     def _load(self, path: str, dtype: torch.dtype) -> Any:
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=self.config.learner.attention
+        )
 
     def _load_reference(self, dtype: torch.dtype) -> Any:
         """The first weights, or the teacher; None where nothing asks for them."""
@@ -159,7 +161,11 @@ class Learner:
             "gradient_accumulation_steps": 1,
             "prescale_gradients": False,
             "gradient_clipping": settings.clip_gradient,
-            "zero_optimization": {"stage": settings.zero_stage, "stage3_param_persistence_threshold": 0},
+            "zero_optimization": {
+                "stage": settings.zero_stage,
+                "stage3_param_persistence_threshold": 0,
+                "offload_optimizer": {"device": "cpu" if settings.offload_optimiser else "none"},
+            },
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": settings.dtype == "bfloat16"},
@@ -213,13 +219,13 @@ class Learner:
 
     def _mine(self, samples: list[Sample]) -> list[tuple[str, MicroBatch]]:
         """This rank's micro-batches, each of one policy; as many and in the same order of policies on every rank."""
-        parts: dict[str, Share] = {}
+        settings, parts = self.config.learner, dict[str, Share]()
         for place, sample in enumerate(samples):
             parts.setdefault(self.policy_of(sample), []).append((place, sample))
         return [
             (policy, batch)
             for policy, part in sorted(parts.items())
-            for batch in micro_batches(deal(part, self.ranks), self.rank, self.config.learner.micro_batch_tokens)
+            for batch in micro_batches(deal(part, self.ranks), self.rank, settings.micro_batch_tokens, settings.packed)
         ]
 
     def _use(self, policy: str) -> None:
@@ -273,13 +279,25 @@ class Learner:
         logits are as large as the vocabulary, so they are made of the masked tokens alone.
         """
         chosen = batch.mask[:, 1:]
-        logits = model(input_ids=batch.token_ids, use_cache=False).logits[:, :-1][chosen].float()
+        logits = self._logits_before(model, batch).float()
         normalised = (logits / batch.temperature[:, 1:][chosen][:, None]).log_softmax(-1)
         picked = normalised.gather(-1, batch.token_ids[:, 1:][chosen][:, None])[:, 0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.algorithm.entropy != 0):
             entropy = -(normalised.exp() * normalised).sum(-1)
-        nothing, pad = torch.zeros_like(batch.logprobs[:, 1:]), torch.nn.functional.pad
-        return pad(nothing.masked_scatter(chosen, picked), (1, 0)), pad(nothing.masked_scatter(chosen, entropy), (1, 0))
+        return spread(picked, batch), spread(entropy, batch)
+
+    def _logits_before(self, model: Any, batch: MicroBatch) -> torch.Tensor:
+        """What `model` makes of all up to the token before each masked one: [masked tokens, logits].
+
+        Packed, all rows are one, and their positions tell transformers where each begins, beyond which none of them sees.
+        """
+        before = torch.nn.functional.pad(batch.mask[:, 1:], (0, 1))
+        if not self.config.learner.packed:
+            return model(input_ids=batch.token_ids, use_cache=False).logits[before]
+        real = batch.real
+        positions = torch.arange(real.shape[1], device=real.device).expand(real.shape)[real]
+        logits = model(input_ids=batch.token_ids[real][None], position_ids=positions[None], use_cache=False).logits
+        return logits[0, before[real]]
 
     @torch.no_grad()
     def measure(self, what: str, samples: list[Sample]) -> list[tuple[int, np.ndarray]]:
@@ -384,6 +402,12 @@ def checkpoint_activations(model: Any) -> None:
             module.p = 0.0
     model.train()
     model.gradient_checkpointing_enable()
+
+
+def spread(values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """`values` of the masked tokens at their places: float32 [B, T], else 0."""
+    nothing = torch.zeros_like(batch.logprobs[:, 1:])
+    return torch.nn.functional.pad(nothing.masked_scatter(batch.mask[:, 1:], values), (1, 0))
 
 
 def add(sums: dict[str, float], name: str, value: float) -> None:

@@ -12,7 +12,7 @@ from raygent.records import Sample
 
 @dataclass
 class MicroBatch:
-    """Padded on the right. All tensors [B, T] but `places` (each row's index in the batch, -1 for a filler).
+    """Padded on the right. All tensors [B, T] but `lengths`; `places` are the rows' indices in the batch, -1 for a filler.
 
     There is no attention mask: attention is causal, so no token sees the padding behind it.
     """
@@ -25,8 +25,14 @@ class MicroBatch:
     versions: torch.Tensor  # int32, the policy version that sampled each masked token
     temperature: torch.Tensor  # float32
     places: list[int]
+    lengths: torch.Tensor  # int64 [B], tokens of each row without its padding
     values: torch.Tensor | None = None  # float32, with a critic
     returns: torch.Tensor | None = None  # float32, with a critic
+
+    @property
+    def real(self) -> torch.Tensor:
+        """Where there is a token and no padding: bool [B, T]."""
+        return torch.arange(self.token_ids.shape[1], device=self.lengths.device) < self.lengths[:, None]
 
     def to(self, device: torch.device) -> MicroBatch:
         if device.type != "cpu":
@@ -48,26 +54,30 @@ def deal(samples: Share, ranks: int) -> list[Share]:
     return shares
 
 
-def micro_batches(shares: list[Share], rank: int, tokens: int) -> list[MicroBatch]:
-    """The micro-batches of `rank`: at most `tokens` padded tokens each (one sample always fits).
+def micro_batches(shares: list[Share], rank: int, tokens: int, packed: bool = False) -> list[MicroBatch]:
+    """The micro-batches of `rank`: at most `tokens` tokens each (one sample always fits), padding among them unless `packed`.
 
     Every rank gets as many as the one with most, fillers of weight zero among them: ZeRO-3 gathers parameters in each
     forward pass, so a rank with fewer would leave the others waiting.
     """
-    cut = [_cut(share, tokens) for share in shares]
+    cut = [_cut(share, tokens, packed) for share in shares]
     most = max(map(len, cut))
     batches = [to_micro_batch(share) for share in cut[rank]]
     return batches + [filler() for _ in range(most - len(batches))]
 
 
-def _cut(share: Share, tokens: int) -> list[Share]:
+def _cut(share: Share, tokens: int, packed: bool) -> list[Share]:
     """`share` is sorted, longest first."""
     pieces: list[Share] = []
+    size = 0
     for entry in share:
-        if pieces and len(pieces[-1][0][1]) * (len(pieces[-1]) + 1) <= tokens:
+        longest = len(pieces[-1][0][1]) if pieces and not packed else len(entry[1])
+        if pieces and size + longest <= tokens:
             pieces[-1].append(entry)
+            size += longest
         else:
             pieces.append([entry])
+            size = len(entry[1])
     return pieces
 
 
@@ -94,6 +104,7 @@ def to_micro_batch(entries: Share) -> MicroBatch:
         versions=padded([sample.policy_versions for sample in samples]),
         temperature=padded([sample.temperature for sample in samples], 1),
         places=[place for place, _ in entries],
+        lengths=torch.tensor([len(sample) for sample in samples]),
         values=optional([sample.values for sample in samples]),
         returns=optional([sample.returns for sample in samples]),
     )
@@ -101,4 +112,5 @@ def to_micro_batch(entries: Share) -> MicroBatch:
 
 def filler() -> MicroBatch:
     ones, zeros = torch.ones(1, 2), torch.zeros(1, 2)
-    return MicroBatch(zeros.long(), zeros.bool(), zeros, zeros, zeros, zeros.int(), ones, [-1], zeros, zeros)
+    two = torch.tensor([2])
+    return MicroBatch(zeros.long(), zeros.bool(), zeros, zeros, zeros, zeros.int(), ones, [-1], two, zeros, zeros)

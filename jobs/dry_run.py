@@ -666,7 +666,8 @@ def _gib(size: float) -> str:
 
 def memory_estimate(config: Config) -> dict[str, float]:
     """`parameters` of the model, and bytes: of a `learner_rank` (of which `learner_states`: weights, gradients and Adam's;
-    `learner_logits`: those of a micro-batch) and of an `engine` (weights, KV cache on CPU, processes).
+    `learner_logits`: those of a micro-batch) and of an `engine` (weights, KV cache on CPU, processes). What is offloaded is
+    not counted.
 
     ZeRO stage s shards what it names over the ranks: 1 the optimiser's states (float32 master copy and two moments), 2 the
     gradients too, 3 the weights too; Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, section 3.
@@ -675,7 +676,9 @@ def memory_estimate(config: Config) -> dict[str, float]:
     width = 4 if config.learner.dtype == "float32" else 2
     optimiser = 8 if stage == 0 and width == 4 else 12
     states = width / (ranks if stage >= 3 else 1) + width / (ranks if stage >= 2 else 1)
-    states += optimiser / (ranks if stage >= 1 else 1)
+    states += (
+        0 if config.learner.offload_optimiser and config.learner.gpus else optimiser / (ranks if stage >= 1 else 1)
+    )
     if config.learner.lora:  # the adapters themselves are small beside the model
         states = width / (ranks if stage >= 3 else 1)
     if config.with_reference:

@@ -235,8 +235,11 @@ class Learner(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     clip_gradient: float = Field(1.0, ge=0)  # global norm; 0: none
     dtype: Literal["float32", "bfloat16"] = "float32"
-    micro_batch_tokens: int = Field(16384, ge=1)  # padded tokens a forward pass takes at most (one sample always fits)
+    micro_batch_tokens: int = Field(16384, ge=1)  # tokens a forward pass takes at most (one sample always fits)
+    packed: bool = False  # the samples of a forward pass one behind the other, not padded
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"  # as transformers names them
     gradient_checkpointing: bool = False
+    offload_optimiser: bool = False  # its state in the node's memory, not the GPU's
     lora: Lora | None = None  # None: all weights are trained
     gpus: float = Field(0, ge=0, le=1)  # a rank; a part of one, as 0.5, shares it with an engine
     threads: int = Field(1, ge=1)  # a rank, on CPU
@@ -575,6 +578,15 @@ class Config(Section):
         if 0 < self.engine.gpus < 1 < self.engine.replicas:
             raise ValueError("engine.gpus: replicas do not share a GPU; set engine.gpus = 1, or engine.replicas = 1")
         for section, learner in zip(("learner", "critic"), self.learners, strict=False):
+            if learner.attention.startswith("flash") and not (learner.gpus and learner.dtype == "bfloat16"):
+                raise ValueError(
+                    f"learner.attention: {learner.attention} is for GPUs and half precision; set {section}.gpus and "
+                    'learner.dtype = "bfloat16", or learner.attention = "sdpa"'
+                )
+            if learner.offload_optimiser and learner.zero_stage == 0:
+                raise ValueError(
+                    "learner.offload_optimiser: ZeRO-0 keeps the optimiser where the weights are; set learner.zero_stage = 2"
+                )
             if 0 < learner.gpus < 1 < learner.ranks:
                 raise ValueError(
                     f"{section}.gpus: ranks cannot share a GPU; set {section}.gpus = 1, or {section}.ranks = 1"

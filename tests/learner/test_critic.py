@@ -1,4 +1,4 @@
-"""The critic's gradient against plain torch in one process, and that it learns what it is given."""
+"""The critic's gradient against plain torch in one process, and that it learns what it is given; packed, its optimiser offloaded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Any:
         run={"directory": str(folder / "runs"), "name": "test", "steps": 10},
         model={"path": str(make_tiny_model(folder / "model"))},
         algorithm={"name": "ppo"},
-        learner={"ranks": 1, "micro_batch_tokens": 100},
+        learner={"ranks": 1, "micro_batch_tokens": 100, "packed": True, "offload_optimiser": True},
         critic={"ranks": 2, "learning_rate": 1e-2, "clip": 0.2},
     )
 

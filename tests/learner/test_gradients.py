@@ -40,9 +40,10 @@ def _mine(samples: list[Sample], rank: int, tokens: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("tokens", [150, 16384], ids=["many-micro-batches", "one-micro-batch"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("algorithm", [PLAIN, BOTH], ids=["surrogate", "kl-and-entropy"])
-def test_gradient(group: Group, batch: Batch, algorithm: dict[str, Any], tokens: int) -> None:
-    config = group.fresh(algorithm, {"micro_batch_tokens": tokens})
+def test_gradient(group: Group, batch: Batch, algorithm: dict[str, Any], packed: bool, tokens: int) -> None:
+    config = group.fresh(algorithm, {"micro_batch_tokens": tokens, "packed": packed})
     wanted = Plain(group, config).gradient(batch, NAMES)
     for found in on_ranks(group.learners, gradient, batch.samples(config)):
         assert furthest(found, wanted) < 1e-5

@@ -210,20 +210,23 @@ def sample_of(length: int, number: int) -> Sample:
     return Sample(f"r{number}", "g", "main", tokens, mask, -values, values, mask.astype(np.int32), 2 * ones, 0.5)
 
 
-@given(st.lists(st.integers(2, 40), max_size=12), st.integers(1, 4), st.integers(1, 90))
+@given(st.lists(st.integers(2, 40), max_size=12), st.integers(1, 4), st.integers(1, 90), st.booleans())
 @settings(max_examples=200)
-def test_each_sample_is_in_one_micro_batch_of_one_rank(lengths: list[int], ranks: int, tokens: int) -> None:
+def test_each_sample_is_in_one_micro_batch_of_one_rank(
+    lengths: list[int], ranks: int, tokens: int, packed: bool
+) -> None:
     samples = [sample_of(length, number) for number, length in enumerate(lengths)]
-    by_rank = [micro_batches(deal(list(enumerate(samples)), ranks), rank, tokens) for rank in range(ranks)]
+    by_rank = [micro_batches(deal(list(enumerate(samples)), ranks), rank, tokens, packed) for rank in range(ranks)]
     assert len({len(batches) for batches in by_rank}) == 1  # else ZeRO-3 hangs
     places = []
     for batch in (batch for batches in by_rank for batch in batches):
         rows, width = batch.token_ids.shape
-        assert rows == 1 or rows * width <= tokens
+        assert rows == 1 or (batch.lengths.sum() if packed else rows * width) <= tokens
+        assert batch.real.sum(1).tolist() == batch.lengths.tolist()
         assert all(
             getattr(batch, name).shape == (rows, width)
             for name in vars(batch)
-            if name not in ("places", "values", "returns")
+            if name not in ("places", "lengths", "values", "returns")
         )
         for row, place in enumerate(batch.places):
             if place < 0:
@@ -231,6 +234,7 @@ def test_each_sample_is_in_one_micro_batch_of_one_rank(lengths: list[int], ranks
                 continue
             places.append(place)
             sample, length = samples[place], lengths[place]
+            assert batch.lengths[row] == length
             assert batch.token_ids[row, :length].tolist() == sample.token_ids.tolist()
             assert batch.mask[row].tolist() == sample.loss_mask.tolist() + [False] * (width - length)
             assert torch_equal(batch.logprobs[row], sample.logprobs) and torch_equal(

@@ -241,6 +241,8 @@ WRONG_SECTIONS = {
     "ours": ({"engine": "max_model_len = 128"}, r"engine\.max_model_len: raygent sets it; use model\.context"),
     "ours_alone": ({"engine": 'logprobs_mode = "raw_logprobs"'}, r"engine\.logprobs_mode: .*; leave it out"),
     "ranks_on_one_gpu": ({"learner": "gpus = 0.5\nranks = 2"}, r"learner\.gpus: ranks cannot share a GPU; set learner\.gpus = 1"),
+    "flash_on_cpu": ({"learner": 'attention = "flash_attention_2"'}, r"learner\.attention: .* is for GPUs and half precision"),
+    "offload_zero_0": ({"learner": "zero_stage = 0\noffload_optimiser = true"}, r"learner\.offload_optimiser: ZeRO-0 .*zero_stage = 2"),
     "replicas_on_one_gpu": (
         {"learner": "gpus = 0.5\nranks = 1", "engine": "gpus = 0.5\nreplicas = 2"},
         r"engine\.gpus: replicas do not share a GPU; set engine\.gpus = 1",
