@@ -19,10 +19,17 @@ from functools import partial
 from typing import Any, Literal
 
 from raygent import prompts
-from raygent.actors.subprocess_agent import CommandEnd, Supervised, last_line, run_command, stdout_span
+from raygent.actors.subprocess_agent import (
+    KEPT_BYTES,
+    CommandEnd,
+    Supervised,
+    last_line,
+    run_command,
+    stdout_span,
+)
 from raygent.callables import AGENT_OFFERS, ModelEndpoint, arguments, awaited, is_async, load_callable
 from raygent.config import Config
-from raygent.emit import finite, sink
+from raygent.emit import reward_fields, sink
 from raygent.prompts import on_trial
 from raygent.records import Reward, Span, to_json
 
@@ -263,6 +270,9 @@ def read_end(end: CommandEnd, config: Config) -> Ended:
             "raised", error=f"{end.stderr[-TEXT:].rstrip()}\nthe agent's process ended with exit code {end.code}"
         )
     if config.agent.command is not None:
+        if len(end.stdout.encode()) >= KEPT_BYTES and "\n" not in end.stdout.strip():
+            why = f"the last line of the agent's output, what it gives back, is over {KEPT_BYTES >> 20} MiB; write less"
+            return Ended("raised", error=why)
         return Ended("returned", last_line(end.stdout))
     results = [event for event in end.events if event["table"] == "result"]
     if not results:
@@ -277,14 +287,13 @@ def keep_event(event: dict[str, Any], recorder: Recorder) -> None:
         return
     try:
         if table == "rewards":
-            parts = {str(name): finite(part, "a component") for name, part in dict(fields["components"]).items()}
-            checked = {"value": finite(fields["value"], "a reward"), "components": parts}
-            texts, times = ["name", "agent"], ["time"]
+            call = fields.get("call_sequence", -1)
+            told = {name: fields[name] for name in ("value", "name", "agent", "components")}
+            checked = reward_fields(**told, call=None if call == -1 else call) | {"time": float(fields["time"])}
         else:
-            checked = {"attributes": fields["attributes"]}
-            texts, times = ["kind", "name"], ["started", "finished"]
-        checked |= {key: str(fields[key]) for key in texts} | {key: float(fields[key]) for key in times}
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+            checked = {"attributes": fields["attributes"]} | {key: str(fields[key]) for key in ("kind", "name")}
+            checked |= {key: float(fields[key]) for key in ("started", "finished")}
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         recorder.note("malformed event", kind="exception", error=str(error))
         return
     recorder(table, checked)

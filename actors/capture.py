@@ -79,10 +79,21 @@ class SamplingRules:
         temperature = 0.0 if mode == "greedy" else self.temperature
         params.temperature, params.top_p, params.top_k, params.min_p = temperature, 1.0, 0, 0.0
         params.seed = None
-        odd = [name for name, plain in PLAIN.items() if (getattr(params, name) or plain) != plain]
+        odd = odd_in(params)
         if odd and self.grammar == "refuse":
             raise VLLMValidationError(f'{odd[0]} changes what is sampled, and engine.grammar = "refuse"; leave it out')
         return params, ", ".join(odd)
+
+
+def odd_in(params: SamplingParams) -> list[str]:
+    """Those of PLAIN that are set."""
+    return [name for name, plain in PLAIN.items() if (getattr(params, name) or plain) != plain]
+
+
+def narrowed(params: SamplingParams) -> bool:
+    """Whether what is sampled has not the policy's own distribution at a temperature above 0."""
+    whole = params.temperature > 0 and (params.top_p, params.top_k, params.min_p) == (1.0, 0, 0.0)
+    return not whole or bool(odd_in(params))
 
 
 class Recorder:
@@ -156,7 +167,9 @@ class RunningCall:
 
     def __init__(self, llm: CapturingLLM, context: CallContext, request_id: str, asked: SamplingParams) -> None:
         self.llm, self.context, self.request_id = llm, context, request_id
-        self.params, odd = llm.rules.apply(asked, context.key.mode)
+        self.params, odd = llm.rules.apply(asked, context.mode)
+        if context.mode != context.key.mode and narrowed(self.params):  # else another run may train it
+            odd = "sampled as its agent asked"
         self.untrainable = context.untrainable or odd
         self.policy = llm.policy_of(context.agent)
         self.gives_logprobs = asked.logprobs is not None or asked.prompt_logprobs is not None
@@ -178,7 +191,7 @@ class RunningCall:
         earlier = self.context.state.runs.get(self.context.agent)
         if not earlier:
             return prompt
-        read = reader(self.llm.parser_class, self.llm.get_tokenizer(), self.context.tools)
+        read = reader(self.llm.parser_class, self.llm.get_tokenizer(), self.context.tools, self.context.state.read)
         found = continued(ids, earlier, self.llm.ends, read)
         room = self.llm.model_config.max_model_len - len(found.tokens)
         if room < 1:
@@ -215,8 +228,6 @@ class RunningCall:
             return self.recording
         state = self.context.state
         self.context.running.discard(self)
-        if self.context.api == "responses":
-            state.responses.add(self.request_id.rpartition("_")[0])
         if any(of.request_id in self.llm.output_processor.request_states for of in self.states.values()):
             _keep(self.llm.aborting, self.llm.abort(self.request_id))
         sampling = json.dumps({name: getattr(self.params, name) for name in SAMPLING})
@@ -328,6 +339,8 @@ class CapturingLLM(AsyncLLM):
             return
         if context.over:
             raise asyncio.CancelledError("the client has hung up")
+        if context.api == "responses":  # vLLM keeps its messages from here on
+            context.state.responses.add(request_id.rpartition("_")[0])
         call = self.calls[request_id] = RunningCall(self, context, request_id, sampling_params)
         context.running.add(call)
         if isinstance(prompt, dict) and prompt.get("type", "token") != "token":  # as of an image of an earlier response

@@ -30,7 +30,7 @@ ANY_TOOL = [{"type": "function", "function": {"name": "any", "parameters": {}}}]
 
 
 @dataclass(frozen=True)
-class Reply:
+class Said:
     """What a turn says. `calls`: name and arguments (JSON in one way of writing it) of each tool call; `tail`: the text
     behind the last of them; `text`: all of it."""
 
@@ -60,7 +60,7 @@ class Prompt:
 
 
 def continued(
-    rendered: Sequence[int], earlier: list[Run], ends: Sequence[int], read: Callable[[list[int]], Reply | None]
+    rendered: Sequence[int], earlier: list[Run], ends: Sequence[int], read: Callable[[list[int]], Said | None]
 ) -> Prompt:
     """The prompt that goes on from the longest of the `earlier` calls whose conversation `rendered` begins with.
 
@@ -68,16 +68,19 @@ def continued(
     """
     tokens = np.asarray(rendered, np.int32)
     borders = _borders(tokens, ends)
-    found = []
-    for place, run in enumerate(earlier):
-        after = _said_by(run, tokens, borders, ends, read)
-        if after is not None:
-            same = np.array_equal(run.tokens, tokens[: len(run.tokens)])
-            found.append((after, same, place))  # the longest, before it the one that is equal, before it the newest
-    if not found:
+    turns = [_turns(run, ends) for run in earlier]
+    order = [  # the longest first, before it the one that is equal, before it the newest
+        (len(turns[place]), np.array_equal(run.tokens, tokens[: len(run.tokens)]), place)
+        for place, run in enumerate(earlier)
+    ]
+    fitting = (
+        (same, earlier[place], after)
+        for _, same, place in sorted(order, reverse=True)
+        if (after := _said_by(earlier[place], turns[place], tokens, borders, ends, read)) is not None
+    )
+    if (found := next(fitting, None)) is None:
         return Prompt(tokens)
-    after, same, place = max(found)
-    run = earlier[place]
+    same, run, after = found
     if same:
         return Prompt(tokens, 0, run.starts)
     # A reply that was cut off at its limit has no end token of its own: the rendering's one
@@ -90,13 +93,22 @@ def _borders(tokens: np.ndarray, ends: Sequence[int]) -> list[int]:
     return [0, *(np.flatnonzero(np.isin(tokens, ends)) + 1).tolist()]
 
 
-def _said_by(
-    run: Run, tokens: np.ndarray, borders: list[int], ends: Sequence[int], read: Callable[[list[int]], Reply | None]
-) -> int | None:
-    """Where in the rendered `tokens` that which `run` holds has ended; None where they do not begin with it."""
+def _turns(run: Run, ends: Sequence[int]) -> list[int]:
+    """The borders of all its turns, of the last one too where it was cut off."""
     ours = _borders(run.tokens, ends)
-    if ours[-1] < len(run.tokens):
-        ours.append(len(run.tokens))
+    return ours if ours[-1] == len(run.tokens) else [*ours, len(run.tokens)]
+
+
+def _said_by(
+    run: Run,
+    ours: list[int],
+    tokens: np.ndarray,
+    borders: list[int],
+    ends: Sequence[int],
+    read: Callable[[list[int]], Said | None],
+) -> int | None:
+    """Where in the rendered `tokens` that which `run`, with its turns between `ours`, holds has ended; None where they do not
+    begin with it."""
     if len(ours) > len(borders):
         return None
     for (first, last), (begin, end) in zip(pairwise(ours), pairwise(borders), strict=False):
@@ -110,7 +122,7 @@ def _said_by(
 
 
 def _same_reply(
-    own: np.ndarray, theirs: np.ndarray, start: int, ends: Sequence[int], read: Callable[[list[int]], Reply | None]
+    own: np.ndarray, theirs: np.ndarray, start: int, ends: Sequence[int], read: Callable[[list[int]], Said | None]
 ) -> bool:
     """Whether the turn `theirs` says what `own` says, of which all from `start` on was sampled."""
     if own[-1] in ends and own[-1] != theirs[-1]:
@@ -130,20 +142,30 @@ def _same_reply(
     )
 
 
-def _opens_thinking(read: Callable[[list[int]], Reply | None], tokens: list[int]) -> bool:
+def _opens_thinking(read: Callable[[list[int]], Said | None], tokens: list[int]) -> bool:
     """Whether all that `tokens`, the end of a turn's header, do is open the thinking, or open and close it."""
     reply = read(tokens)
     return reply is not None and OPENER.fullmatch(reply.text.strip()) is not None
 
 
-def reader(parser_class: Any, tokenizer: Any, tools: list[dict[str, Any]]) -> Callable[[list[int]], Reply | None]:
+def reader(
+    parser_class: Any, tokenizer: Any, tools: list[dict[str, Any]], known: dict[tuple[str, bytes], Said | None]
+) -> Callable[[list[int]], Said | None]:
     """Reads replies with vLLM's own parser of the model's family (None: a reply is its text), offered `tools` as Chat
-    Completions has them. It gives None for what the parser fails at."""
+    Completions has them. It gives None for what the parser fails at. `known` remembers what has been read, by the tools and the
+    tokens: a long conversation has the same turns in each call."""
+    offered = json.dumps(tools)
 
-    def read(tokens: list[int]) -> Reply | None:
+    def read(tokens: list[int]) -> Said | None:
+        key = (offered, np.asarray(tokens, np.int32).tobytes())
+        if key not in known:
+            known[key] = parse(tokens)
+        return known[key]
+
+    def parse(tokens: list[int]) -> Said | None:
         text = tokenizer.decode(tokens, skip_special_tokens=False)
         if parser_class is None:
-            return Reply("", text.strip(), [], "", text)
+            return Said("", text.strip(), [], "", text)
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
         messages = [{"role": "user", "content": ""}]
@@ -158,7 +180,7 @@ def reader(parser_class: Any, tokenizer: Any, tools: list[dict[str, Any]]) -> Ca
             reasoning, content = None, reasoning  # to some parsers what never ends its thinking is thinking
         calls = [(call.name, _json(call.arguments)) for call in found or []]
         tail = re.split("[}>]", text)[-1].strip() if calls else ""  # some parsers leave out what comes behind the calls
-        return Reply((reasoning or "").strip(), (content or "").strip(), calls, tail, text)
+        return Said((reasoning or "").strip(), (content or "").strip(), calls, tail, text)
 
     return read
 

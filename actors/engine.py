@@ -24,7 +24,7 @@ from ray import serve
 from raygent.actors.adapters import Files, read_files, write_files
 from raygent.actors.engine_handle import EngineUnavailable
 from raygent.actors.front_door import FrontDoor
-from raygent.actors.gateway import Gateway
+from raygent.actors.gateway import AttemptState, Gateway
 from raygent.actors.weight_transfer import BACKEND, node_name
 from raygent.config import POLICY, Config
 from raygent.families import NONE
@@ -186,6 +186,8 @@ class Engine:
             },
             lambda agent: self.upstreams.get(self.config.upstream_of(agent) or ""),
             not self.llm.model_config.is_multimodal_model,
+            self._forget,
+            config.trains,
         )
         self.door = FrontDoor(self.gateway, engine.host)
         self.door.open()
@@ -235,12 +237,8 @@ class Engine:
         while any(state.tasks or state.recording for state in states.values()):
             await asyncio.sleep(0.005)
         for state in states.values():
-            for response in state.responses:
-                self.responses.response_store.pop(response, None)
-                self.responses.msg_store.pop(response, None)
-            state.responses.clear()
-            state.runs.clear()  # the state itself is kept until its keys have expired
-        return self.source, {
+            self._forget(state)
+        told = {
             key: {
                 "calls": state.recorded,
                 "overflow": state.overflow,
@@ -253,6 +251,18 @@ class Engine:
             }
             for key, state in states.items()
         }
+        for state in states.values():  # each itself is kept until its keys have expired
+            state.spans, state.rewards = [], []
+        return self.source, told
+
+    def _forget(self, state: AttemptState) -> None:
+        """What is kept for an attempt that goes on, here and by vLLM's Responses API."""
+        for response in state.responses:
+            self.responses.response_store.pop(response, None)
+            self.responses.msg_store.pop(response, None)
+        state.responses.clear()
+        state.runs.clear()
+        state.read.clear()
 
     # the weights
 

@@ -30,8 +30,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-from raygent.actors.continuation import Run, tools_of
-from raygent.actors.otlp import MAX_BYTES, PROTOBUF, spans_of
+from raygent.actors.continuation import Run, Said, tools_of
+from raygent.actors.otlp import MAX_BYTES, PROTOBUF, spans_of, unzipped
 from raygent.config import POLICY
 from raygent.emit import AGENT_HEADER, reward_fields
 
@@ -56,6 +56,7 @@ PATH = re.compile(r"^/a/(?P<key>[^/]+)(?:/agent/(?P<agent>[^/]+))?(?P<rest>/.*)$
 OVERFLOW = re.compile(r"maximum (context|model) length|context length|max_model_len", re.IGNORECASE)
 OVERFLOW_WITHIN = 400  # characters: what comes later may repeat the request
 MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+TOO_DEEP = "the body is nested too deep"
 ENDED = "this attempt has ended; its key is refused"
 MAX_MESSAGE = 4000  # characters of an error; vLLM's repeat the request
 ANTHROPIC_KINDS = {
@@ -145,8 +146,11 @@ class AttemptState:
     responses: set[str] = field(default_factory=set)  # ids of what the Responses API keeps for it
     spans: list[dict[str, Any]] = field(default_factory=list)  # that the agent's own OpenTelemetry sent
     rewards: list[dict[str, Any]] = field(default_factory=list)  # that the agent sent
-    kept_bytes: Counter[str] = field(default_factory=Counter)  # of the requests that brought them: by path
+    kept_bytes: Counter[str] = field(default_factory=Counter)  # of the requests that brought them, unzipped: by path
     runs: dict[str, list[Run]] = field(default_factory=dict)  # by agent, for exact continuation
+    read: dict[tuple[str, bytes], Said | None] = field(
+        default_factory=dict
+    )  # what replies said: see continuation.reader
 
 
 class Running(Protocol):
@@ -163,6 +167,7 @@ class CallContext:
     key: Key
     state: AttemptState
     agent: str
+    mode: str  # the key's; "eval" of an agent that is not trained, which acts as it would in production
     api: str
     request: str  # the body as the client sent it
     untrainable: str = ""  # why nothing sampled for this request may be trained on
@@ -196,7 +201,7 @@ class Gateway:
     Where a request asks for more than `max_tokens` tokens, it gets these. `checks`: by API, what raises where a request's
     body is none of that API. `upstream_of` tells the upstream that an agent of that name has for a model. `text_only`: the
     engine's model takes no images, sounds or files; a request with one is refused. With another model its call is recorded, but
-    not trained: the record has tokens alone.
+    not trained: the record has tokens alone. `forget` is told of each attempt whose keys are over. `trains`: whether the agent of that name is trained.
     """
 
     def __init__(
@@ -210,7 +215,10 @@ class Gateway:
         checks: dict[str, Callable[[dict], object]] | None = None,
         upstream_of: Callable[[str], Upstream | None] = lambda agent: None,
         text_only: bool = False,
+        forget: Callable[[AttemptState], None] = lambda state: None,
+        trains: Callable[[str], bool] = lambda agent: True,
     ) -> None:
+        self.forget, self.trains = forget, trains
         self.checks, self.upstream_of, self.text_only = checks or {}, upstream_of, text_only
         self.app, self.secret, self.max_calls, self.ready = app, secret, max_calls, ready
         self.key_life_s, self.max_tokens = key_life_s, max_tokens
@@ -221,11 +229,13 @@ class Gateway:
         """The attempt's state, kept at least until `expires`."""
         if len(self.attempts) >= self.sweep_at:
             now = time.time()
-            self.attempts = {
-                key: state
+            over = [
+                key
                 for key, state in self.attempts.items()
-                if state.expires >= now or state.tasks or state.recording
-            }
+                if state.expires < now and not (state.tasks or state.recording)
+            ]
+            for key in over:
+                self.forget(self.attempts.pop(key))
             self.sweep_at = max(SWEEP_AT, 2 * len(self.attempts))
         state = self.attempts.setdefault((rollout_id, attempt), AttemptState(expires))
         state.expires = max(state.expires, expires)
@@ -249,9 +259,10 @@ class Gateway:
         return key, state
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] == "websocket":  # nobody's way here
+            return await send({"type": "websocket.close"})
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
+            return await self.app(scope, receive, send)
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         headers = {name.decode("latin1").lower(): value.decode("latin1") for name, value in scope["headers"]}
         matched = PATH.match(path)
@@ -297,11 +308,13 @@ class Gateway:
         if not agent:  # what an upstream is named for is not answered by the policy, whoever asks
             named = _named(request)
             agent = named if self.upstream_of(named) else headers.get(AGENT_HEADER) or named
+        agent = agent.encode("utf-8", "replace").decode()
         only_prompt = api == "completions" and request.get("echo") and request.get("max_tokens") == 0
         context = CallContext(
             key,
             state,
-            agent.encode("utf-8", "replace").decode(),
+            agent,
+            key.mode if self.trains(agent) else "eval",
             api or "",
             body.decode("utf-8", "replace"),
             "prompt_logprobs_only" if only_prompt else media,
@@ -312,14 +325,17 @@ class Gateway:
         if media and self.text_only:
             why = f"the served model takes text alone, no {media}; leave it out"
             return await refuse(400, "invalid_request_error", why)
-        if key.mode != "eval":
+        if context.mode != "eval":
             unbind(request)
         request["model"] = POLICY
         request.pop("request_id", None)  # vLLM would make it its own, and calls of one id would be one to the capture
         for name in MAX_TOKENS if self.max_tokens else ():
             if isinstance(request.get(name), int):
                 request[name] = min(request[name], self.max_tokens)
-        changed = json.dumps(request).encode()
+        try:
+            changed = json.dumps(request).encode()
+        except RecursionError:
+            return await refuse(400, "invalid_request_error", TOO_DEEP)
         await self._serve(_at(scope, rest, headers), changed, receive, send, context, refuse)
 
     async def _keep(
@@ -338,20 +354,20 @@ class Gateway:
         encoding = headers.get("content-encoding", "").lower()
         try:
             if path == REWARDS:
-                told = [reward_in(body)]
+                told, size = [reward_in(body)], len(body)
             elif len(body) > IN_THREAD_BYTES or encoding:
-                told = await asyncio.to_thread(spans_of, body, content_type, encoding)
+                told, size = await asyncio.to_thread(_traced, body, content_type, encoding)
             else:
-                told = spans_of(body, content_type, encoding)
+                told, size = _traced(body, content_type, encoding)
         except ValueError as error:
             return await refuse(400, "invalid_request_error", f"{path}: {error}"[:MAX_MESSAGE])
         if state.ended:
             return await refuse(401, "authentication_error", ENDED)
         kept = state.spans if path == TRACES else state.rewards
-        if len(kept) + len(told) > MOST_KEPT or state.kept_bytes[path] + len(body) > MAX_BYTES:
+        if len(kept) + len(told) > MOST_KEPT or state.kept_bytes[path] + size > MAX_BYTES:
             limits = f"{MOST_KEPT:,} {KEPT[path]} and {MAX_BYTES >> 20} MiB"
             return await refuse(413, "request_too_large", f"{path}: an attempt keeps {limits}")
-        state.kept_bytes[path] += len(body)
+        state.kept_bytes[path] += size
         kept += told
         protobuf = path == TRACES and content_type.startswith(PROTOBUF)
         answer = b"" if protobuf else b"{}"  # an ExportTraceServiceResponse with nothing to say
@@ -397,6 +413,7 @@ class Gateway:
             # Starlette raises again what it has answered with a 500. Passed on, it would have the server close the
             # connection, maybe under the client's next request.
             if not answered:
+                context.state.failed = True
                 raise
             logger.exception("%s: failed inside vLLM", scope["path"])
         finally:
@@ -543,6 +560,12 @@ def reward_in(body: bytes) -> dict[str, Any]:
         return reward_fields(**told)
     except TypeError as error:
         raise ValueError(str(error)) from error
+
+
+def _traced(body: bytes, content_type: str, encoding: str) -> tuple[list[dict[str, Any]], int]:
+    """The spans that an export request holds, and its bytes unzipped. Raises ValueError."""
+    whole = unzipped(body, encoding)
+    return spans_of(whole, content_type), len(whole)
 
 
 async def _body(receive: Callable, refuse: Refusal) -> bytes | None:

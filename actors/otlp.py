@@ -22,16 +22,22 @@ NANO = 1e9
 IDS = {"otlp.trace_id": "traceId", "otlp.span_id": "spanId", "otlp.parent_span_id": "parentSpanId"}
 
 
-def spans_of(body: bytes, content_type: str, encoding: str) -> list[dict[str, Any]]:
-    """The spans of an export request: name, kind "otlp", attributes (with `otlp.trace_id`, `otlp.span_id`,
-    `otlp.parent_span_id` in hex, and status and events where they say something), started, finished (Unix seconds).
-    Raises ValueError where the body is no such request, or larger than MAX_BYTES."""
+def unzipped(body: bytes, encoding: str) -> bytes:
+    """A request's body without its content encoding. Raises ValueError where that is unknown, broken, or hides more than
+    MAX_BYTES."""
     if encoding == "gzip":
-        body = _unzipped(body)
+        body = _gunzipped(body)
     elif encoding not in ("", "identity"):
         raise ValueError(f"content-encoding {encoding!r}; use gzip or none")
     if len(body) > MAX_BYTES:
         raise ValueError(f"over {MAX_BYTES >> 20} MiB")
+    return body
+
+
+def spans_of(body: bytes, content_type: str) -> list[dict[str, Any]]:
+    """The spans of an export request: name, kind "otlp", attributes (with `otlp.trace_id`, `otlp.span_id`,
+    `otlp.parent_span_id` in hex, and status and events where they say something), started, finished (Unix seconds).
+    Raises ValueError where the body is no such request."""
     protobuf = content_type.startswith(PROTOBUF)
     if protobuf:
         try:
@@ -51,7 +57,7 @@ def spans_of(body: bytes, content_type: str, encoding: str) -> list[dict[str, An
         raise ValueError(f"no ExportTraceServiceRequest: {error}") from error
 
 
-def _unzipped(body: bytes) -> bytes:
+def _gunzipped(body: bytes) -> bytes:
     stream = zlib.decompressobj(31)
     try:
         whole = stream.decompress(body, MAX_BYTES)

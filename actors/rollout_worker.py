@@ -286,7 +286,7 @@ def check_engine(ended: Ended, source: str, closed: Closed, endpoint: ModelEndpo
     """Raises EngineLost where the attempt's replica, `source`, went away, or the agent failed by the engine's failing.
 
     Whether the agent got over the first does not matter: what it met was not its doing. Of a process no exception is to be
-    had: it failed by the engine's failing where it failed after a call that the engine did not serve.
+    had: it failed by the engine's failing where it raised, or ran out of time, after a call that the engine did not serve.
 
     Raises UpstreamLost where an upstream failed the attempt: got over or not, what a judge did not say is in the reward.
     """
@@ -298,7 +298,7 @@ def check_engine(ended: Ended, source: str, closed: Closed, endpoint: ModelEndpo
     unserved = any(of["failed"] for of in closed.values())
     did_nothing = not any(of["calls"] for of in closed.values())
     if engine_failed(ended.exception, endpoint.anthropic_base_url) or (
-        unserved and (did_nothing or (ended.how != "returned" and ended.exception is None))
+        unserved and (did_nothing or (ended.how in ("raised", "timeout") and ended.exception is None))
     ):
         raise EngineLost("the engine did not serve the agent's call")
 
@@ -321,17 +321,20 @@ class Closer:
     async def _drain(self) -> None:
         while self.waiting:
             batch, self.waiting = self.waiting, {}
+            failed = EngineLost("the engine's answer is not understood: see the worker's log")
+            closed: dict[Key, Closed] = {}
             try:
                 closed = await asyncio.to_thread(self.engine.close_attempts, list(batch))
             except EngineError as error:
                 failed = EngineLost(f"the engine does not answer: {error}")
-                for future in batch.values():
-                    if not future.done():
+            finally:  # an error of another kind ends this task: nobody may wait for it for ever
+                for key, future in batch.items():
+                    if future.done():
+                        continue
+                    if key in closed:
+                        future.set_result(closed[key])
+                    else:
                         future.set_exception(failed)
-                continue
-            for key, future in batch.items():
-                if not future.done():
-                    future.set_result(closed[key])
 
 
 def make_worker(config: Config, store: Any, engine: Any, secret: str, name: str) -> Any:

@@ -144,11 +144,21 @@ def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, 
 
 
 def task_variable(task_input: Any) -> str:
-    return json.dumps(task_input, ensure_ascii=False)
+    return _variable(task_input)
 
 
 def prompts_variable(texts: dict[str, str]) -> str:
-    return json.dumps(texts, ensure_ascii=False)
+    return _variable(texts)
+
+
+def _variable(value: Any) -> str:
+    """JSON as short as it can be in an environment variable: half a surrogate pair has no UTF-8."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value)
+    return text
 
 
 def run_command(

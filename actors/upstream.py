@@ -25,7 +25,7 @@ import httpx
 from aiolimiter import AsyncLimiter
 
 from raygent.actors.capture import NotRecorded, Recorder
-from raygent.actors.gateway import CallContext, Refusal
+from raygent.actors.gateway import TOO_DEEP, CallContext, Refusal
 from raygent.config import Upstream
 from raygent.records import Call
 
@@ -143,6 +143,11 @@ class UpstreamProxy:
                 self._record(reply)
             if not gone.done() or task.uncancel():  # else there is nobody to answer, and that is all
                 raise
+        except OSError:  # the client is gone
+            raise
+        except Exception as error:  # whatever it is, it is not the agent's doing
+            state.failed, state.upstream_failed = True, f"upstream.{self.name}: {type(error).__name__}: {error}"
+            raise
         finally:
             if reply.pieces and not reply.recorded:
                 self._record(reply)
@@ -161,8 +166,13 @@ class UpstreamProxy:
         settings, state = self.settings, reply.context.state
         request = request | {"model": settings.model}
         strip_usage = settings.priced and reply.context.api in ("chat", "completions") and _ask_for_usage(request)
-        fields = {name: headers[name] for name in PASSED_ON if name in headers} | {"content-type": "application/json"}
-        url, body = settings.base_url.rstrip("/") + path.removeprefix("/v1"), json.dumps(request).encode()
+        fields = {name: headers[name].encode("latin1") for name in PASSED_ON if name in headers}
+        fields |= {"content-type": b"application/json"}
+        url = settings.base_url.rstrip("/") + path.removeprefix("/v1")
+        try:
+            body = json.dumps(request).encode()
+        except RecursionError:
+            return await refuse(400, "invalid_request_error", TOO_DEEP)
         keys = self._keys(path)
         deadline, tries = 0.0, 0
         while True:
@@ -196,7 +206,7 @@ class UpstreamProxy:
 
     async def _try(
         self,
-        asked: tuple[str, bytes, dict[str, str]],
+        asked: tuple[str, bytes, dict[str, bytes]],
         deadline: float,
         strip_usage: bool,
         send: Callable,
@@ -313,15 +323,15 @@ class UpstreamProxy:
         reply.recorded = True
         return self.recorder.begin(state, [call])
 
-    def _keys(self, path: str) -> list[dict[str, str]]:
+    def _keys(self, path: str) -> list[dict[str, bytes]]:
         """The headers that give the key; on /v1/messages one after the other, until one is let in. Never both: Anthropic takes
         no API key as bearer, other endpoints take nothing else, and some refuse the two together."""
         if self.key is None:
             return [{}]
-        bearer = {"authorization": f"Bearer {self.key}"}
+        bearer, plain = {"authorization": f"Bearer {self.key}".encode()}, {"x-api-key": self.key.encode()}
         if path != "/v1/messages":
             return [bearer]
-        return [bearer, {"x-api-key": self.key}] if self.bearer else [{"x-api-key": self.key}, bearer]
+        return [bearer, plain] if self.bearer else [plain, bearer]
 
     def _tell(self, what: str) -> None:
         """Once in the log."""

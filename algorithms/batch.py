@@ -80,7 +80,7 @@ def make_samples(
     `algorithm.drop_flat_groups` those without signal are left out of the loss, and counted.
     """
     baselines = _baselines(greedy)
-    entries, sizes, small = _entries(tables, config, baselines)
+    entries, sizes, small, seen = _entries(tables, config, baselines)
     rows = _compared(entries, config)
     telling = {id(entry) for entry, _ in rows}
     drafts = [
@@ -101,7 +101,7 @@ def make_samples(
     weigh(samples, config)
     with_signal = {entry.rollout["group_id"] for entry in entries if entry.advantages is not None}
     valid = list({entry.rollout["rollout_id"]: entry.rollout for entry in entries}.values())
-    return samples, _metrics(tables, valid, entries, samples) | {
+    return samples, _metrics(tables, valid, entries, samples, seen) | {
         "groups": float(len(sizes)),
         "groups_dropped": float(len(small)),
         "groups_flat": float(len(sizes.keys() - small - with_signal)),
@@ -126,8 +126,9 @@ def lacking_groups(tables: dict[str, pa.Table], config: Config) -> int:
 
 def _entries(
     tables: dict[str, pa.Table], config: Config, baselines: dict[str, float]
-) -> tuple[list[Entry], Counter[str], set[str]]:
-    """What was done in the groups that are kept; the size of every group; and those that are too small."""
+) -> tuple[list[Entry], Counter[str], set[str], list[Trajectory]]:
+    """What trained agents did in the groups that are kept; the size of every group; those that are too small; and what all agents
+    did in the others."""
     rollouts = [row for row in tables["rollouts"].to_pylist() if row["status"] in ("succeeded", "failed")]
     sizes = Counter(row["group_id"] for row in rollouts)
     least = config.algorithm.min_group if _compares_groups(config) else 1
@@ -136,9 +137,12 @@ def _entries(
     calls = _calls(tables["calls"])
     of_agents, of_turns = _agent_rewards(tables["rewards"]), _turn_rewards(tables["rewards"], calls)
     entries: list[Entry] = []
+    seen: list[Trajectory] = []
     for row in (row for row in rollouts if row["group_id"] not in small):
         name, succeeded = row["rollout_id"], row["status"] == "succeeded"
-        acted = [item for item in build(calls[name]) if config.trains(item.agent)]
+        everyone = build(calls[name])
+        seen += everyone
+        acted = [item for item in everyone if config.trains(item.agent)]
         for item in acted:  # a failed rollout has grader.failed_reward, all of it
             reward = of_agents.get((name, item.agent), row["reward"]) if succeeded else row["reward"]
             entries.append(Entry(row, item, reward, of_turns.get(name, {}) if succeeded else {}))
@@ -146,7 +150,7 @@ def _entries(
             entries.append(Entry(row, None, row["reward"], {}))
     for entry in entries:
         entry.reward += overlong_penalty(entry.length(), config.algorithm)
-    return entries, sizes, small
+    return entries, sizes, small, seen
 
 
 def _compared(entries: list[Entry], config: Config) -> list[tuple[Entry, str]]:
@@ -357,7 +361,11 @@ def _baselines(greedy: pa.Table | None) -> dict[str, float]:
 
 
 def _metrics(
-    tables: dict[str, pa.Table], valid: list[Row], entries: list[Entry], samples: list[Sample]
+    tables: dict[str, pa.Table],
+    valid: list[Row],
+    entries: list[Entry],
+    samples: list[Sample],
+    seen: list[Trajectory],
 ) -> dict[str, float]:
     """`reward`, `turns` (calls a rollout) and `attempts_not_won` are of the rollouts in kept groups, all of the calls and
     `tokens_sampled` of every winning attempt, whichever agent acted. An attempt that did not win failed for
@@ -399,8 +407,9 @@ def _metrics(
         if outcome not in (None, "", "succeeded")
     }
     by_agent: Counter[str] = Counter()
-    names = set(sorted({item.agent for item in trajectories})[:MOST_AGENTS])  # a client may name as many as it likes
-    for item in (item for item in trajectories if item.agent in names):
+    seen = [item for item in seen if not item.nodes[0].call["policy"].startswith(UPSTREAM)]
+    names = set(sorted({item.agent for item in seen})[:MOST_AGENTS])  # a client may name as many as it likes
+    for item in (item for item in seen if item.agent in names):
         by_agent[f"agents/{item.agent}/calls"] += len(item.nodes)
         by_agent[f"agents/{item.agent}/branches"] += item.branches
         by_agent[f"agents/{item.agent}/continued"] += sum(node.call["own_tokens"] > 0 for node in item.nodes)

@@ -90,6 +90,8 @@ class RunLog:
         if "groups" in metrics:
             shown.append(f"{metrics['groups_flat']:.0f} of {metrics['groups']:.0f} groups without signal")
         self.note(f"step {step + 1}/{self.config.run.steps} {', '.join(shown)}")
+        if (acted := agents_in(metrics)) and not any(map(self.config.trains, acted)):
+            self.note(f"agent.train: no agent that acted is trained; it names none of {', '.join(acted)}")
         found = signs(read_lines(self.lines))
         for name in found.keys() - self.told:
             self.note(f"ALARM {found[name]}")
@@ -183,7 +185,12 @@ class RunLog:
         if steps and "groups" in steps[0]:
             groups, flat = (sum(row[name] for row in steps) for name in ("groups", "groups_flat"))
             self.note(f"groups: {groups:.0f}, of which {flat:.0f} without signal (all their rewards alike)")
-            if not summary["tokens"]["trained"]:
+            acted = {agent for row in steps for agent in agents_in(row)}
+            if acted and not any(map(self.config.trains, acted)):
+                self.note(
+                    f"NOTHING WAS TRAINED: agent.train names none of the agents that acted, {', '.join(sorted(acted))}"
+                )
+            elif not summary["tokens"]["trained"]:
                 self.note(
                     "NOTHING WAS TRAINED: no group had rewards that differ, or no rollout won; take tasks that the agent wins sometimes, a "
                     "reward with steps between, or a higher engine.temperature"
@@ -202,6 +209,12 @@ class RunLog:
         beside = path.with_suffix(".new")
         beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
         beside.replace(path)
+
+
+def agents_in(metrics: dict[str, Any]) -> list[str]:
+    """The agents, upstreams aside, that a step's metrics tell of."""
+    calls = [name for name in metrics if name.startswith("agents/") and name.endswith("/calls")]
+    return [name.removeprefix("agents/").removesuffix("/calls") for name in calls]
 
 
 def logged_in() -> bool:

@@ -33,7 +33,7 @@ def write_prompts(run_directory: Path, rows: list[Row]) -> None:
 
 
 def read_prompts(run_directory: Path) -> list[Row]:
-    """None where no step has ended yet. Raises StoreDamaged."""
+    """Empty where no step has ended yet. Raises StoreDamaged."""
     file = file_of(run_directory / "store")
     return read_parquet(file).to_pylist() if file.is_file() else []
 

@@ -19,6 +19,8 @@ from raygent.emit import finite, scalar
 
 # What an agent and a grader are offered, in this order; the names by which a parameter can ask for each.
 AGENT_OFFERS = (("task", "input", "task_input"), ("model", "endpoint"))
+VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+POSITIONAL_ONLY, KEYWORD_ONLY = inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.KEYWORD_ONLY
 GRADER_OFFERS = (("input", "task", "task_input"), ("private", "gold"), ("output", "answer"))
 
 
@@ -98,35 +100,41 @@ async def awaited(value: Any) -> Any:
 def arguments(
     function: Callable[..., Any], offers: tuple[tuple[str, ...], ...], values: tuple[Any, ...], key: str
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Positional and keyword arguments for `function`: by name where all its parameters are known ones, else by place.
+    """Positional and keyword arguments for `function`: by name what it names as offered, the rest by place.
 
-    A grader's go by name alone: nobody agrees on their order. Raises ConfigError, naming `key`, where that does not fit.
+    By place an agent's first other parameter takes the task, with a default too, and its next one without takes the model. A
+    grader's go by name alone: nobody agrees on their order. Raises ConfigError, naming `key`, where that does not fit.
     """
     try:
         parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError) as error:  # some of those written in C
         raise ConfigError(f"{key}: its parameters are not to be seen ({error}); name a function in Python") from error
     named = {name: value for names, value in zip(offers, values, strict=True) for name in names}
-    open_ended = any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters)
-    asked = [
-        parameter for parameter in parameters if parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
-    ]
-    positional_only = any(parameter.kind is parameter.POSITIONAL_ONLY for parameter in asked)
-    known = [parameter for parameter in asked if parameter.name in named]
-    if not positional_only and all(p.name in named or p.default is not p.empty for p in asked) and known:
-        return [], {parameter.name: named[parameter.name] for parameter in known}
+    kinds = {parameter.kind for parameter in parameters}
+    asked = [parameter for parameter in parameters if parameter.kind not in (VAR_POSITIONAL, VAR_KEYWORD)]
     required = [parameter for parameter in asked if parameter.default is parameter.empty]
-    if (
-        len(required) > len(values)
-        or any(parameter.kind is parameter.KEYWORD_ONLY for parameter in required)
-        or any(p.name in named and p.name not in names for p, names in zip(required, offers, strict=False))
-        or (required and offers is GRADER_OFFERS)
-    ):
+    if VAR_POSITIONAL in kinds and len(required) <= len(values):
+        return list(values), {}
+    if not asked and VAR_KEYWORD in kinds:
+        return [], {names[0]: value for names, value in zip(offers, values, strict=True)}
+    taken = {p.name: named[p.name] for p in asked if p.name in named and p.kind is not POSITIONAL_ONLY}
+    free = [p for p in asked if p.name not in taken and p.kind is not KEYWORD_ONLY]
+    swapped = any(p.name in taken and p.name not in names for p, names in zip(required, offers, strict=False))
+    by_place: list[Any] = []
+    if offers is not GRADER_OFFERS and not (swapped and set(free) & set(required)):
+        for names, value in zip(offers, values, strict=True):
+            if free and not taken.keys() & set(names) and (names is offers[0] or free[0] in required):
+                if (parameter := free.pop(0)).kind is POSITIONAL_ONLY:
+                    by_place.append(value)
+                else:
+                    taken[parameter.name] = value
+    left = [p for p in required if p.name not in taken][len(by_place) :]
+    if left or (asked and not taken and not by_place):
         offered = ", ".join(names[0] for names in offers)
         raise ConfigError(
             f"{key}: takes ({', '.join(p.name for p in asked)}); it is called with ({offered}): name those it wants so"
         )
-    return list(values if open_ended else values[: len(required)]), {}
+    return by_place, taken
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
+from urllib.parse import urlsplit
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -526,7 +527,7 @@ class Config(Section):
                     f"upstream.{name}.base_url: has a user or a password before its host, which logs would show; take them "
                     f"out, and name the environment variable that holds the key in upstream.{name}.api_key_env"
                 )
-            if not re.match(r"https?://[^\s/]", upstream.base_url):
+            if not _is_url(upstream.base_url):
                 raise ValueError(
                     f"upstream.{name}.base_url: {upstream.base_url!r} is no URL; write it as a client gets it, as "
                     '"https://api.openai.com/v1"'
@@ -615,6 +616,19 @@ class Config(Section):
         """Whether the calls of the agent of that name are trained."""
         own = self.upstream_of(agent) is None and self.policy_of(agent) != BASE
         return own and _fits(agent, self.agent.train)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return (
+            parts.scheme in ("http", "https")
+            and bool(parts.hostname)
+            and parts.port != 0
+            and not re.search(r"\s", text)
+        )
+    except ValueError:  # a port beyond all ports, a bracket too many
+        return False
 
 
 def _fits(name: str, patterns: list[str]) -> bool:

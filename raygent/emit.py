@@ -25,7 +25,7 @@ import numbers
 import os
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -70,9 +70,28 @@ def reward_fields(
     }
 
 
+class span:
+    """Record what happens inside as one event: `with span(...) as attributes`, a dict that takes more of them. Also a decorator
+    of a function, sync or async, each call of which is an event. Raises TypeError for a generator."""
+
+    def __init__(self, name: str, kind: str = "note", **attributes: Any) -> None:
+        self.of = (name, kind, attributes)
+
+    def __enter__(self) -> dict[str, Any]:
+        name, kind, attributes = self.of
+        self.event = _event(name, kind, dict(attributes))
+        return self.event.__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        self.event.__exit__(*raised)
+
+    def __call__(self, function: F) -> F:
+        name, kind, attributes = self.of
+        return _within(lambda: _event(name, kind, dict(attributes)), function, "span")
+
+
 @contextmanager
-def span(name: str, kind: str = "note", **attributes: Any) -> Iterator[dict[str, Any]]:
-    """Record what happens inside as one event; the dict it yields takes more attributes. Also a decorator."""
+def _event(name: str, kind: str, attributes: dict[str, Any]) -> Iterator[dict[str, Any]]:
     started = time.time()
     try:
         yield attributes
@@ -105,20 +124,25 @@ def agent(name: str) -> Callable[[F], F]:
         finally:
             acting.reset(token)
 
-    def marked(function: Any) -> Any:
-        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise TypeError(f"@agent: {function.__qualname__} is a generator; mark the function that goes through it")
-        if not inspect.iscoroutinefunction(function):
-            return at_work()(function)
+    return lambda function: _within(at_work, function, "agent")
 
-        @functools.wraps(function)
-        async def call(*positional: Any, **named: Any) -> Any:
-            with at_work():
-                return await function(*positional, **named)
 
-        return call
+def _within(context: Callable[[], AbstractContextManager[Any]], function: Any, decorator: str) -> Any:
+    """`function`, each call of it in a context of its own. Raises TypeError for a generator."""
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        raise TypeError(f"@{decorator}: {function.__qualname__} is a generator; mark the function that goes through it")
 
-    return marked
+    @functools.wraps(function)
+    def call(*positional: Any, **named: Any) -> Any:
+        with context():
+            return function(*positional, **named)
+
+    @functools.wraps(function)
+    async def call_async(*positional: Any, **named: Any) -> Any:
+        with context():
+            return await function(*positional, **named)
+
+    return call_async if inspect.iscoroutinefunction(function) else call
 
 
 def headers() -> dict[str, str]:

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
-from attempts import SECRET, Attempt, engine_config, start_store
+from attempts import SECRET, TEMPERATURE, Attempt, engine_config, start_store
 from conversations import rollout
 from peft import PeftModel
 from safetensors.numpy import load_file
@@ -63,8 +63,9 @@ def sample(engine: Any, store: Any, config: Config) -> tuple[list[Sample], list[
     attempts = [Attempt(engine, store, "train", 600.0) for _ in range(2)]
 
     def talk(one: Attempt, agent: str) -> None:
+        asked: dict[str, Any] = {"temperature": 0.0} if agent == "judge" else {}
         one.openai.chat.completions.create(
-            model=agent, messages=[{"role": "user", "content": f"Say a word, {agent}."}], max_tokens=60
+            model=agent, messages=[{"role": "user", "content": f"Say a word, {agent}."}], max_tokens=60, **asked
         )
 
     threads = [threading.Thread(target=talk, args=(one, agent)) for one in attempts for agent in AGENTS]
@@ -102,6 +103,13 @@ def test_one_of_two_policies_is_trained(settings: Config, store: Any, engine: An
     samples, calls = sample(engine, store, settings)
     assert {call["agent"]: call["policy"] for call in calls} == {"writer": "w", "rewriter": "r", "judge": "base"}
     assert {one.agent for one in samples} == {"writer"}
+    # Those that are not trained sample as they ask.
+    assert {call["agent"]: call["temperature"] for call in calls} == {
+        "writer": TEMPERATURE,
+        "rewriter": 1.0,
+        "judge": 0.0,
+    }
+    assert {call["agent"]: call["trainable"] for call in calls} == {"writer": True, "rewriter": True, "judge": False}
     for step in range(3):
         metrics = learners.step(samples, step)
         learners.push(engine, 2 + step)

@@ -1,20 +1,31 @@
-"""Replicas and engines killed with SIGKILL: what comes back serves no old weights, and what was left goes on."""
+"""An engine of two replicas: each attempt has one of them. Replicas and engines killed with SIGKILL: what comes back serves no
+old weights, and what was left goes on."""
 
+import itertools
 import os
 import signal
 import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
 import psutil
+import pyarrow as pa
 import pytest
+import ray
 from attempts import SECRET, Attempt, engine_config
 from policies import Policies
 
-from raygent.actors.engine_handle import EngineUnavailable
+from raygent.actors.engine_handle import EngineHandle, EngineUnavailable
+from raygent.actors.rollout_worker import make_worker
 from raygent.actors.weight_transfer import push_cpu
+from raygent.algorithms.trajectory import build
 from raygent.cluster.parts import NAMESPACE
 from raygent.cluster.serve_app import delete_app, start_app
+from raygent.records import Rollout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 REPLACED_S = 400
@@ -22,8 +33,7 @@ REPLACED_S = 400
 
 @pytest.fixture(scope="module")
 def two(store, model, tmp_path_factory):
-    """An engine of two replicas."""
-    config = engine_config("replaced", tmp_path_factory.mktemp("run"), model, replicas=2)
+    config = engine_config("replaced", tmp_path_factory.mktemp("run"), model, replicas=2, continuation="exact")
     yield start_app(config, SECRET, "engine-tests-store", NAMESPACE, 0, str(model))
     delete_app(config)
 
@@ -72,6 +82,75 @@ def ask(one, **more):
 def engine_core(pid):
     (core,) = [child for child in psutil.Process(pid).children(True) if "EngineCore" in " ".join(child.cmdline())]
     return core
+
+
+AGENT = """
+from openai import AsyncOpenAI
+
+async def answer(task, model):
+    client, messages = AsyncOpenAI(base_url=model.base_url, api_key=model.api_key, max_retries=0), []
+    for _ in range(4):
+        messages.append({"role": "user", "content": task})
+        # cut off within a character, so that the text sent back has other tokens than were sampled
+        reply = await client.chat.completions.create(model="policy", messages=messages, max_tokens=5)
+        messages.append({"role": "assistant", "content": reply.choices[0].message.content})
+    return 1.0
+"""
+ROLLOUTS = 40
+steps = itertools.count(10_000)  # none that an Attempt has
+
+
+def rolled_out(two: EngineHandle, store: Any, folder: Path, meanwhile: Callable[[], None]) -> dict[str, pa.Table]:
+    """ROLLOUTS of AGENT by a worker, as the store has them; `meanwhile` runs once both replicas are at work."""
+    (folder / "agent.py").write_text(AGENT)
+    config = engine_config("replaced", folder, folder)
+    config.path, step = str(folder / "raygent.toml"), next(steps)
+    config.workers.rollouts_each, config.workers.cpus = 8, 0.1
+    before = {source: replica["sampled_tokens"] for source, replica in status(two).items()}
+    names = [f"rolled-{step}-{number}" for number in range(ROLLOUTS)]
+    ray.get(store.add_rollouts.remote([Rollout(name, "task", name, "train", step, 0, "say") for name in names]))
+    worker = make_worker(config, store, two, SECRET, "worker-of-two")
+    working = worker.run.remote()
+    while not all(replica["sampled_tokens"] > before[source] for source, replica in status(two).items()):
+        assert ray.get(store.wait.remote(step, "train", 0.0))
+    meanwhile()
+    while ray.get(store.wait.remote(step, "train", 60.0)):
+        pass
+    ray.get(worker.stop.remote())
+    assert ray.get(working) == "stopped"
+    ray.kill(worker)
+    found = ray.get(store.take.remote(step, "train"))
+    assert found["rollouts"]["status"].to_pylist() == ["succeeded"] * ROLLOUTS
+    return found
+
+
+def by_rollout(found: dict[str, pa.Table]) -> list[list[dict[str, Any]]]:
+    calls = found["calls"].to_pylist()
+    return [list(group) for _, group in itertools.groupby(calls, lambda call: call["rollout_id"])]
+
+
+def test_each_attempt_has_one_of_the_replicas(two, policies, store, tmp_path):
+    conversations = by_rollout(rolled_out(two, store, tmp_path, lambda: None))
+    served = Counter()
+    for calls in conversations:
+        (source,) = {call["source"] for call in calls}
+        served[source] += 1
+        (trajectory,) = build(calls)
+        assert len(calls) == 4 and trajectory.branches == 0
+        assert all(call["own_tokens"] for call in calls[1:])
+    assert set(served) == set(status(two)) and min(served.values()) >= ROLLOUTS / 4
+
+
+def test_attempts_of_a_replica_that_dies_are_made_again(two, policies, store, tmp_path):
+    killed, kept = status(two).values()
+    found = rolled_out(two, store, tmp_path, lambda: os.kill(killed["pid"], signal.SIGKILL))
+    again = [row["rollout_id"] for row in found["rollouts"].to_pylist() if row["attempts"] > 1]
+    assert again and set(found["attempts"]["outcome"].to_pylist()) == {"succeeded"}
+    for calls in by_rollout(found):
+        (source,) = {call["source"] for call in calls}
+        assert source == kept["source"] or calls[0]["rollout_id"] not in again
+    wait_for_replicas(two, {killed["source"]})
+    push(policies, policies.version)
 
 
 def test_a_replica_that_was_killed_comes_back_without_weights(two, policies, store):

@@ -97,10 +97,20 @@ def test_parameters_by_name_and_by_place():
     assert call(lambda question: question) == "T"
     assert call(lambda x, y, temperature=0.5: (x, y, temperature)) == ("T", "M", 0.5)
     assert call(lambda *all_of_it: all_of_it) == ("T", "M")
+    assert call(lambda question="What is 2 + 2?": question) == "T"
+    assert call(lambda prompt="x", model=None: (prompt, model)) == ("T", "M")
+    assert call(lambda prompt, model=None: (prompt, model)) == ("T", "M")
+    assert call(lambda task, verbose=False: (task, verbose)) == ("T", False)
+    assert call(lambda model, *, verbose=False: (model, verbose)) == ("M", False)
+    assert call(lambda **named: named) == {"task": "T", "model": "M"}
+    assert call(lambda: "alone") == "alone"
     graded = ("I", "P", "O")
     assert call(lambda output, private: (output, private), GRADER_OFFERS, graded) == ("O", "P")
     assert call(lambda *all_of_it: all_of_it, GRADER_OFFERS, graded) == graded
-    for unlike in (lambda output, expected: 0, lambda predicted, gold, question: 0, lambda a, b, c: 0):
+    assert call(lambda output, strict=True: (output, strict), GRADER_OFFERS, graded) == ("O", True)
+    assert call(lambda **named: named, GRADER_OFFERS, graded) == {"input": "I", "private": "P", "output": "O"}
+    own = (lambda output, expected: 0, lambda predicted, gold, question: 0, lambda a, b, c: 0, lambda predicted="": 0)
+    for unlike in own:
         with pytest.raises(ConfigError, match=r"it is called with \(input, private, output\)"):
             arguments(unlike, GRADER_OFFERS, graded, "grader.run")
     with pytest.raises(ConfigError, match=r"takes \(llm, task\)"):
@@ -190,6 +200,29 @@ def test_emitted_records_of_tasks_threads_and_decorators():
     recorder.close()
     recorder.reward(1.0, {})
     assert len(recorder.rewards) == 4
+
+
+def test_a_decorated_coroutine_is_an_event_from_its_call_to_its_end():
+    recorder = Recorder("rollout", 1, "worker")
+
+    @raygent.span("slow", kind="tool")
+    async def slow(seconds):
+        await asyncio.sleep(seconds)
+        raise KeyError("gone")
+
+    async def agent():
+        sink.set(recorder)
+        await asyncio.gather(slow(0.1), slow(0.2), return_exceptions=True)
+
+    asyncio.run(agent())
+    assert inspect.iscoroutinefunction(slow)
+    for span, seconds in zip(recorder.spans, (0.1, 0.2), strict=True):
+        assert span.finished - span.started >= seconds and "gone" in json.loads(span.attributes)["error"]
+    with pytest.raises(TypeError, match=r"@span: .*steps is a generator"):
+
+        @raygent.span("steps")
+        async def steps():
+            yield 1
 
 
 def test_the_reward_of_agents_alone_is_their_mean():

@@ -137,10 +137,11 @@ def test_an_agents_own_reward_is_compared_instead_of_the_rollouts() -> None:
 def test_only_agents_that_match_are_trained() -> None:
     rollouts = [rollout("a", "g", 1.0), rollout("b", "g", 0.0)]
     calls = [spoken(name, agent, sequence=place) for name in "ab" for place, agent in enumerate(["writer/1", "judge"])]
-    samples, _ = make_samples(
+    samples, metrics = make_samples(
         tables(rollouts, calls), config(agent={"run": "agent:run", "train": ["writer*", "planner"]})
     )
     assert {sample.agent for sample in samples} == {"writer/1"}
+    assert metrics["agents/judge/calls"] == metrics["agents/writer/1/calls"] == 2  # all are told of
     assert total(samples) == pytest.approx(1)
 
 

@@ -167,6 +167,8 @@ WRONG_SECTIONS = {
     "no_room": ({"model": 'path = "model"\ncontext = 64\nmax_tokens = 64'}, r"model\.max_tokens: 64 leaves no room"),
     "workers": ({"workers": "min = 3\nmax = 2"}, r"workers\.max: 2 is below workers\.min = 3; raise"),
     "gpus_of_engines_alone": ({"engine": "gpus = 1"}, r"learner\.gpus: engines on GPUs .*set learner\.gpus = 1"),
+    "upstream_port": ({"upstream__judge": UPSTREAM + 'base_url = "http://localhost:99999/v1"'}, r"upstream\.judge\.base_url: .* is no URL"),
+    "upstream_bracket": ({"upstream__judge": UPSTREAM + 'base_url = "http://[::1/v1"'}, r"upstream\.judge\.base_url: .* is no URL"),
     "upstream_of_no_agent": ({"upstream__judge": 'base_url = "http://x"\nmodel = "m"'}, r"upstream\.judge\.agents: missing"),
     "upstream_without_a_name": ({"upstream": UPSTREAM}, r"upstream\.agents: a value, and not an upstream; .* \[upstream\.NAME\]"),
     "upstream_key": ({"upstream__judge": UPSTREAM + "cost = 1"}, r"upstream\.judge\.cost: unknown key; did you mean max_cost\?"),

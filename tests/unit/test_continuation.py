@@ -7,14 +7,14 @@ from hypothesis import strategies as st
 from tiny_model import make_tiny_model
 from transformers import AutoTokenizer
 
-from raygent.actors.continuation import Reply, Run, continued, reader, tools_of
+from raygent.actors.continuation import Run, Said, continued, reader, tools_of
 
 END, USER, ASSISTANT, THINK, THOUGHT = 0, 1, 2, 3, 4
 ENDS = [END]
 words = st.lists(st.integers(10, 99), min_size=1, max_size=5)
 
 
-def read(tokens: list[int]) -> Reply:
+def read(tokens: list[int]) -> Said:
     if THOUGHT in tokens:
         split = tokens.index(THOUGHT)
         thinking, tokens = tokens[:split], tokens[split + 1 :]
@@ -22,7 +22,7 @@ def read(tokens: list[int]) -> Reply:
         thinking = []
     text = " ".join(str(token % 100) for token in thinking if token != THINK)
     said = " ".join(str(token % 100) for token in tokens if token != THINK)
-    return Reply(text, said, [], "", "<think>" if tokens == [THINK] else said)
+    return Said(text, said, [], "", "<think>" if tokens == [THINK] else said)
 
 
 def rendered(turns: list[tuple[int, list[int]]]) -> list[int]:
@@ -126,6 +126,31 @@ def test_a_conversation_of_any_length(asked, said, other_cut, edited):
         turns.append((ASSISTANT, [word + 100 * cut for word, cut in zip(said[number], cuts, strict=False)]))
 
 
+def test_the_same_turns_are_read_once(tokenizer):
+    """However long the conversation gets and however many calls are compared."""
+    known: dict = {}
+    say = reader(None, tokenizer, [], known)
+    assert say([72, 105]) is say([72, 105]) and len(known) == 1
+    assert reader(None, tokenizer, [{"type": "function"}], known)([72, 105]) == say([72, 105]) and len(known) == 2
+    counted: list[int] = []
+
+    def read_counted(tokens: list[int]) -> Said:
+        counted.append(1)
+        return read(tokens)
+
+    turns: list[tuple[int, list[int]]] = []
+    runs: list[Run] = []
+    calls: list[int] = []
+    for number in range(30):
+        turns += [(USER, [10 + number % 5])]
+        prompt = continued(rendered(turns), runs, ENDS, read_counted)
+        calls.append(len(counted))
+        said = [20 + number % 5, 121]
+        runs.append(Run(np.array([*prompt.tokens, *said, END], np.int32), (*prompt.starts, len(prompt.tokens))))
+        turns += [(ASSISTANT, [20 + number % 5, 21])]
+    assert np.diff(calls).max() <= 4 * 30  # of the newest call alone, not of all
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return AutoTokenizer.from_pretrained(make_tiny_model(tmp_path_factory.mktemp("model")))
@@ -135,7 +160,7 @@ def test_tool_calls_are_compared_as_json(tokenizer):
     from vllm.parser import ParserManager
 
     tools = tools_of({"tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}]})
-    say = reader(ParserManager.get_parser("hermes", None, True), tokenizer, tools)
+    say = reader(ParserManager.get_parser("hermes", None, True), tokenizer, tools, {})
     told = [
         say(tokenizer(f"Now.\n<tool_call>\n{call}\n</tool_call>")["input_ids"])
         for call in ('{"name":"add","arguments":{"a":1,"b":2}}', '{"arguments": {"b": 2, "a": 1}, "name": "add"}')
@@ -149,7 +174,7 @@ def test_tool_calls_are_compared_as_json(tokenizer):
         )
     )
     assert flag.calls != told[0].calls and tail.tail != told[0].tail
-    plain = reader(None, tokenizer, [])
+    plain = reader(None, tokenizer, [], {})
     assert plain(tokenizer(" Grüße \n")["input_ids"]).content == "Grüße"
 
 
@@ -158,7 +183,7 @@ def test_thinking_is_told_from_what_is_said(tokenizer, parser):
     from vllm.parser import ParserManager
 
     tokenizer.add_tokens(["<think>", "</think>"])  # some parsers look for their ids
-    say = reader(ParserManager.get_parser(None, parser, False), tokenizer, [])
+    say = reader(ParserManager.get_parser(None, parser, False), tokenizer, [], {})
     for text, told in (
         ("<think>\nHm.\n</think>\n\nYes.", ("Hm.", "Yes.")),
         ("Hm.\n</think>\n\nYes.", ("Hm.", "Yes.")),

@@ -235,6 +235,16 @@ async def test_strict_tools_bind_nothing_in_training(mode):
     assert json.loads(app.contexts[0].request) == request  # what is recorded is what the agent sent
 
 
+async def test_an_agent_that_is_not_trained_acts_as_in_production():
+    app = App()
+    door = gate(app, trains=lambda agent: agent == "writer")
+    request = json.dumps({"tools": [{"type": "function", "name": "g", "strict": True}]}).encode()
+    for agent in ("writer", "judge"):
+        await call(door, f"/a/{key_for()}/agent/{agent}/v1/responses", request)
+    assert [context.mode for context in app.contexts] == ["train", "eval"]
+    assert [request["tools"][0]["strict"] for request in app.requests] == [False, True]
+
+
 async def test_a_body_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(gateway, "MAX_BODY_BYTES", 10)
     assert (await call(gate(App()), f"/a/{key_for()}/v1/messages", b"x" * 11))[0] == 413
@@ -431,7 +441,8 @@ async def test_attempts_are_forgotten_after_their_keys_have_ended(monkeypatch):
     monkeypatch.setattr(gateway, "SWEEP_AT", 20)
     now = time.time()
     monkeypatch.setattr(gateway.time, "time", lambda: now)
-    door = gate(App(), key_life_s=100)
+    forgotten = []
+    door = gate(App(), key_life_s=100, forget=forgotten.append)
     keys = []
     for place in range(500):
         keys.append(mint_key(SECRET, f"r{place}", 1, "train", now + 90))
@@ -443,6 +454,40 @@ async def test_attempts_are_forgotten_after_their_keys_have_ended(monkeypatch):
         for old in keys[max(0, place - 95) :]:
             assert (await call(door, f"/a/{old}/v1/messages"))[0] == 401
     assert len(door.attempts) <= 2 * 2 * 101
+    assert len(forgotten) == 1000 - len(door.attempts) and not {*map(id, forgotten)} & {
+        *map(id, door.attempts.values())
+    }
+
+
+async def test_no_websocket_comes_in():
+    app, sent_back = App(), []
+
+    async def send(message):
+        sent_back.append(message["type"])
+
+    await gate(app)({"type": "websocket", "path": "/v1/realtime", "headers": []}, None, send)
+    assert sent_back == ["websocket.close"] and not app.scopes
+
+
+async def test_what_breaks_before_an_answer_was_not_served():
+    class Breaks(App):
+        async def __call__(self, scope, receive, send):
+            raise RuntimeError("inside vLLM")
+
+    door = gate(Breaks())
+    with pytest.raises(RuntimeError):
+        await call(door, f"/a/{key_for()}/v1/chat/completions")
+    assert door.end_attempt("r", 1).failed
+
+
+async def test_json_too_deep_to_be_written_again_is_the_clients_fault():
+    door = gate(App())
+    statuses = set()
+    for depth in range(900, 1020):  # in the middle of these Python still reads what it cannot write
+        body = b'{"messages": ' + b"[" * depth + b"]" * depth + b"}"
+        statuses.add((await call(door, f"/a/{key_for(str(depth))}/v1/chat/completions", body))[0])
+        assert not door.end_attempt(str(depth), 1).failed
+    assert statuses <= {200, 400}
 
 
 async def test_a_key_that_outlives_what_is_remembered_is_refused():
@@ -489,6 +534,16 @@ async def test_large_traces_are_read_beside_the_replicas_event_loop(zipped):
         turns += 1
     assert await asked == (200, {}) and len(door.end_attempt("r", 1).spans) == 500
     assert turns > 10
+
+
+async def test_zipped_traces_count_as_what_they_are(monkeypatch):
+    monkeypatch.setattr(gateway, "MAX_BYTES", 4000)
+    spans = [{"name": "s" * 1000} for _ in range(2)]
+    body = gzip.compress(json.dumps({"resourceSpans": [{"scopeSpans": [{"spans": spans}]}]}).encode())
+    door, headers = gate(App()), {"content-type": "application/json", "content-encoding": "gzip"}
+    assert len(body) < 400
+    assert [(await call(door, f"/a/{key_for()}/v1/traces", body, headers))[0] for _ in range(3)] == [200, 413, 413]
+    assert len(door.end_attempt("r", 1).spans) == 2
 
 
 # rewards by HTTP

@@ -98,7 +98,22 @@ def test_a_run_that_trained_nothing_says_so(log, capsys):
     counts = {name: 0 for name in ("asked", "succeeded", "retried", "lost", "trained")}
     log.finish({"rollouts": counts, "seconds": {}, "policy_version": 1})
     said = capsys.readouterr().out
-    assert "4 of 4 groups without signal" in said and "NOTHING WAS TRAINED" in said
+    assert "4 of 4 groups without signal" in said and "NOTHING WAS TRAINED: no group" in said
+
+
+def test_a_run_whose_agents_are_not_those_to_be_trained_says_so(log, capsys):
+    log.config.agent.train = ["writter"]
+    acted = {"agents/writer/calls": 8.0, "agents/a/b/calls": 8.0}
+    log.step(
+        0, {"reward": 0.5, "groups": 4.0, "groups_flat": 4.0, "tokens_sampled": 80.0, "tokens_trained": 0.0} | acted
+    )
+    assert "agent.train: no agent that acted is trained; it names none of writer, a/b" in capsys.readouterr().out
+    log.wandb.summary, log.wandb.finish = {}, lambda: None
+    counts = {name: 0 for name in ("asked", "succeeded", "retried", "lost", "trained")}
+    log.finish({"rollouts": counts, "seconds": {}, "policy_version": 1})
+    assert (
+        "NOTHING WAS TRAINED: agent.train names none of the agents that acted, a/b, writer" in capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(("step", "due"), [(0, 5), (2, 3), (3, 0), (10, 5)])

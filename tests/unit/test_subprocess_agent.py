@@ -108,6 +108,10 @@ def test_what_a_command_gives_back(tmp_path):
     assert ended.how == "raised" and "no-such-program-of-test: No such file or directory" in ended.error
     ended, _ = shell(tmp_path, "yes | head -c 5000000; echo; echo 0.25")
     assert ended.value == 0.25
+    ended, _ = shell(tmp_path, "yes | head -c 3000000 | tr -d '\\n'")
+    assert ended.how == "raised" and "over 1 MiB" in ended.error
+    ended, _ = run(config_of(tmp_path, command=["sh", "-c", 'printf %s "$RAYGENT_TASK"']), "half \ud800, 漢")
+    assert ended.value == "half \ud800, 漢"
 
 
 def test_nothing_is_left_after_the_end_a_time_out_or_a_crash(tmp_path, processes_of):
@@ -258,6 +262,7 @@ import os, raygent
 async def answer(task, model):
     print(0.9)
     raygent.emit_reward(0.5, components={"rows": 1})
+    raygent.emit_reward(-1.0, agent="planner", call=2)
     with raygent.span("tool", kind="tool", query="x") as attributes:
         attributes["hits"] = 2
     return {"task": task, "url": model.base_url, "ray": [n for n in os.environ if n.startswith("RAY_")]}
@@ -272,6 +277,8 @@ def test_a_python_agent_in_a_process_of_its_own(tmp_path, monkeypatch):
     ended, recorder = run(config_of(tmp_path, run="apart.py:answer", **{"in": "subprocess"}), {"q": 1})
     assert ended.value == {"task": {"q": 1}, "url": ENDPOINT.base_url, "ray": []}
     assert recorder.emitted() == 0.5
+    of_call = recorder.rewards[1]
+    assert (of_call.value, of_call.agent, of_call.call_sequence) == (-1.0, "planner", 2)
     assert {span.kind for span in recorder.spans} == {"stdout", "tool"}
     ended, _ = run(config_of(tmp_path, run="apart.py:raises", **{"in": "subprocess"}))
     assert ended.how == "raised" and "LookupError: no table" in ended.error

@@ -7,6 +7,7 @@ import threading
 import time
 from types import SimpleNamespace
 
+import httpx
 import pytest
 from conversations import config
 from vendor import CHAT, CHAT_STREAM, COUNTED, USAGE, serving, sse
@@ -241,6 +242,22 @@ async def test_a_vendor_that_is_not_there(vendor):
     told = json.loads(pieces[0])
     assert (status, told["type"], told["error"]["type"]) == (503, "error", "overloaded_error")
     assert "ConnectError" in door.state.upstream_failed
+
+
+async def test_what_no_client_can_send_is_no_agents_doing(vendor):
+    door = Door(vendor, base_url="http://[::1/v1")  # as no config lets it be
+    with pytest.raises(httpx.InvalidURL):
+        await door.call()
+    assert door.state.failed and "InvalidURL" in door.state.upstream_failed
+    door = Door(vendor)
+    assert (await door.call(headers={"accept": "é"}))[0] == 200
+    nested: list = []
+    for _ in range(970):
+        nested = [nested]
+    for _ in range(40):
+        nested = [nested]
+        assert (await door.call(messages=nested))[0] in (200, 400)
+    assert not door.state.failed
 
 
 async def test_a_vendor_that_asks_for_more_time_than_there_is(vendor):
