@@ -14,6 +14,7 @@ import numpy as np
 Groups = dict[str, list[list[float]]]  # by task id the rewards of its groups, oldest first
 
 DECAY = 0.5  # what a group counts of the task's next one: the policy it measured is gone
+RECENT = 10  # groups of a task; older ones would count less than a thousandth
 PRIOR = 2.0  # degrees of freedom that the mean over the tasks counts
 UNIFORM = 0.2  # share of the draws that is alike for all tasks, solved and hopeless ones too
 
@@ -27,9 +28,10 @@ def expected_variances(ids: list[str], measured: Groups) -> np.ndarray:
     """
     squares, freedom = np.zeros(len(ids)), np.zeros(len(ids))
     for place, task in enumerate(ids):
-        for rewards in measured.get(task, ()):
+        for rewards in measured.get(task, [])[-RECENT:]:
             if len(rewards) > 1:
-                squares[place] = DECAY * squares[place] + np.var(rewards) * len(rewards)
+                middle = sum(rewards) / len(rewards)
+                squares[place] = DECAY * squares[place] + sum((reward - middle) ** 2 for reward in rewards)
                 freedom[place] = DECAY * freedom[place] + len(rewards) - 1
     seen = freedom > 0
     mean = float(np.mean(squares[seen] / freedom[seen])) if seen.any() else 0.0

@@ -49,7 +49,7 @@ def test_one_file_is_drawn_as_it_always_was():
 def test_each_file_has_its_share(weights):
     """Within each step to the whole number below or above it, in the mean to the share itself."""
     tasks, mixed = of_files(a=60, b=30, c=15), settings(data={"weights": weights})
-    steps = 4000
+    steps = 1000
     counts = [Counter(task.source for task in step_tasks(mixed, tasks, step, {})) for step in range(steps)]
     wanted = shares(mixed, tasks)
     assert list(wanted) == ["a", "b", "c"] and sum(wanted.values()) == pytest.approx(1)
