@@ -110,7 +110,7 @@ class Grader(Section):
 class Data(Section):
     train: Text | list[Text] | None = None  # may be missing where rollouts or chats are given
     weights: list[Annotated[float, Field(gt=0)]] | None = (
-        None  # of the files of train; None: as many tasks as they have
+        None  # of the files of train; None: the numbers of their tasks
     )
     curriculum: bool = False  # tasks are drawn by the measured variance of their rewards
     eval: Text | None = None
