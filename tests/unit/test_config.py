@@ -551,6 +551,16 @@ def test_a_dry_run_tells_and_starts_nothing(project, capsys, order):
         assert re.search(expected, told), (expected, told)
 
 
+def test_a_dry_run_tells_the_share_of_each_file(project, capsys):
+    (project / "hard.jsonl").write_text('{"id": "h", "input": "7 * 8"}\n')
+    both = 'data.train=["train.jsonl", "hard.jsonl"]'
+    for weights, told in ([], ("66.7", "33.3")), (["data.weights=[1, 3]"], ("25.0", "75.0")):
+        assert main(["train", "--dry-run", str(project / "train.toml"), both, *weights]) == 0
+        said = capsys.readouterr().out
+        assert "3 tasks to train on" in said
+        assert f"train: 2 tasks, {told[0]}% of a step's" in said and f"hard: 1 tasks, {told[1]}% of a step's" in said
+
+
 def test_a_dry_run_refuses_as_a_run_does(project, capsys):
     assert "data.train" in refused(capsys, "train", "--dry-run", project / "train.toml", "data.train=x.jsonl")
 
