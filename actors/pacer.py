@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raygent.actors.task_choice import refill_tasks, step_tasks
+from raygent.algorithms.curriculum import Groups
 from raygent.config import Config
 from raygent.records import PromptVersion, Rollout, Task
 
@@ -53,25 +53,18 @@ class Versions:
         return np.array([step[version] for version in versions.tolist()])
 
 
-def train_rollouts(config: Config, tasks: list[Task], step: int, version: int) -> list[Rollout]:
-    """The groups of driver step `step`: the data order depends on run.seed and the step alone, so a resumed run keeps it."""
-    chosen = [tasks[place] for place in due(config, len(tasks), step)]
+def train_rollouts(config: Config, tasks: list[Task], step: int, version: int, measured: Groups) -> list[Rollout]:
+    """The groups of driver step `step`: the data order depends on run.seed, the step and what was `measured` for it alone, so a
+    resumed run keeps it."""
+    chosen = step_tasks(config, tasks, step, measured)
     return _groups(config, f"train-{step:06d}", chosen, step, version)
 
 
-def due(config: Config, items: int, step: int) -> list[int]:
-    """Which of so many items are due at driver step `step`: `algorithm.tasks_per_step` of them, epoch after epoch, each in an
-    order of its own."""
-    size = config.algorithm.tasks_per_step
-    places = [divmod(place, items) for place in range(step * size, (step + 1) * size)]
-    return [_order(config.run.seed, epoch, items)[offset] for epoch, offset in places]
-
-
 def refill_rollouts(
-    config: Config, tasks: list[Task], step: int, version: int, refill: int, number: int
+    config: Config, tasks: list[Task], step: int, version: int, refill: int, number: int, measured: Groups
 ) -> list[Rollout]:
-    """`number` more groups of step `step`, its `refill`-th from 1, of tasks drawn by run.seed, step and refill alone."""
-    chosen = random.Random(f"{config.run.seed}-{step}-{refill}").sample(tasks, min(number, len(tasks)))
+    """`number` more groups of step `step`, its `refill`-th from 1, of tasks drawn by the same and refill alone."""
+    chosen = refill_tasks(config, tasks, step, refill, number, measured)
     return _groups(config, f"train-{step:06d}-refill-{refill}", chosen, step, version)
 
 
@@ -94,13 +87,6 @@ def _groups(config: Config, name: str, tasks: list[Task], step: int, version: in
         for index in range(config.algorithm.group_size + greedy)
         for mode in (("greedy" if index == config.algorithm.group_size else "train"),)
     ]
-
-
-@lru_cache(2)
-def _order(seed: int, epoch: int, tasks: int) -> list[int]:
-    order = list(range(tasks))
-    random.Random(f"{seed}-{epoch}").shuffle(order)
-    return order
 
 
 def eval_rollouts(
@@ -130,6 +116,12 @@ def digest(*of: Any) -> str:
 def steps_to_admit(config: Config, step: int) -> range:
     """The steps whose rollouts may be sampled while the learner stands before `step`: S steps ahead at most."""
     return range(step, min(step + config.algorithm.staleness, config.run.steps - 1) + 1)
+
+
+def measured_before(config: Config, step: int) -> int:
+    """The step before which all rollouts have ended, whenever the tasks of `step` are chosen: the first time is S steps ahead.
+    What was sampled since may not tell in the choice, or a resumed run would make another."""
+    return step - config.algorithm.staleness
 
 
 def drop_stale(tables: dict[str, pa.Table], oldest: int) -> tuple[dict[str, pa.Table], list[str]]:

@@ -331,6 +331,19 @@ class ReplayStore:
         await self._durable()
         return await asyncio.to_thread(read)
 
+    async def rewards_before(self, step: int) -> dict[str, list[list[float]]]:
+        """By task id the rewards of its train rollouts of all steps before `step` that have ended: a list a group, oldest first.
+
+        In an order that neither who ended first nor a recovery changes.
+        """
+        found: dict[str, dict[tuple[int, str], list[float]]] = {}
+        for (mode, of), rollouts in self.state.steps.items():
+            if mode == "train" and of < step:
+                for one in rollouts.values():
+                    if one.status in ENDED and one.reward is not None:
+                        found.setdefault(one.task_id, {}).setdefault((of, one.group_id), []).append(one.reward)
+        return {task: [sorted(groups[key]) for key in sorted(groups)] for task, groups in found.items()}
+
     async def status(self) -> dict[str, int]:
         """Counts: asked, each rollout status, `failed_KIND`, trained, retried (attempts that infrastructure failed), attempts
         and `attempts_OUTCOME`, workers heard within two leases, and bytes of the log."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import secrets
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from raygent.actors.task_choice import expected_by_task
 from raygent.algorithms.bootstrap import mean_interval, paired_gain
+from raygent.algorithms.curriculum import Groups
 from raygent.cluster.alarms import SIGNS, SPAN, signs
 from raygent.config import Config
-from raygent.records import PROMPTS
+from raygent.records import PROMPTS, Task
 
 SHOWN = {
     "reward": "reward {:.3f}",
@@ -285,6 +288,37 @@ def seconds_by_part(steps: list[dict[str, Any]], rest: dict[str, float]) -> dict
             if part not in (name, "step"):
                 total[part] = total.get(part, 0.0) + value
     return {part: round(value, 2) for part, value in total.items()}
+
+
+def choice_metrics(config: Config, tasks: list[Task], rollouts: pa.Table, measured: Groups) -> dict[str, float]:
+    """Of a step's `rollouts`, where data.train is a list, the mean reward and the share of each file's; and with
+    data.curriculum, which chose their tasks by the rewards `measured`, whether it chose well."""
+    rows = [row for row in rollouts.select(["task_id", "group_id", "reward"]).to_pylist() if row["reward"] is not None]
+    told = {}
+    if isinstance(config.data.train, list):
+        source = {task.id: task.source for task in tasks}
+        for name in dict.fromkeys(source.values()):
+            rewards = [row["reward"] for row in rows if source.get(row["task_id"]) == name]
+            told[f"sources/{name}/share"] = len(rewards) / len(rows) if rows else 0.0
+            if rewards:
+                told[f"sources/{name}/reward"] = sum(rewards) / len(rewards)
+    if config.data.curriculum:
+        told |= _curriculum_metrics(tasks, rows, measured)
+    return told
+
+
+def _curriculum_metrics(tasks: list[Task], rows: list[dict[str, Any]], measured: Groups) -> dict[str, float]:
+    """`unseen`: the share of all tasks that nothing is known of. The variance that a group's rewards were expected to have, in the
+    mean of all tasks and of this step's groups, and the one that these turned out to have."""
+    expected = expected_by_task(tasks, measured)
+    groups: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["task_id"], row["group_id"]), []).append(row["reward"])
+    chosen = [expected[task] for task, _ in groups if task in expected]
+    found = [statistics.variance(rewards) for rewards in groups.values() if len(rewards) > 1]
+    told = {"unseen": [float(task.id not in measured) for task in tasks], "variance_of_all": list(expected.values())}
+    told |= {"variance_expected": chosen, "variance_found": found}
+    return {f"curriculum/{name}": statistics.fmean(values) for name, values in told.items() if values}
 
 
 def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], path: Path) -> None:

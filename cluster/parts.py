@@ -23,9 +23,10 @@ import ray
 from raygent.actors.critic import Critic
 from raygent.actors.engine_handle import EngineFailed, EngineUnavailable, last_line
 from raygent.actors.learner import Checkpoint, LearnerGroup, latest_checkpoint
-from raygent.actors.pacer import Versions, steps_to_admit
+from raygent.actors.pacer import Versions, measured_before, steps_to_admit
 from raygent.actors.replay_store import ReplayStore
 from raygent.actors.worker_pool import WorkerPool
+from raygent.algorithms.curriculum import Groups
 from raygent.cluster.keeper import end_app, start_keeper, stop_keeper
 from raygent.cluster.prompt_table import prompts_in_force, steps_done
 from raygent.cluster.serve_app import START_DEADLINE_S, app_name, start_app
@@ -159,6 +160,12 @@ class Parts:
 
     def admissible_steps(self) -> range:
         return steps_to_admit(self.config, self.step)
+
+    def measured(self, step: int) -> Groups:
+        """The rewards by which data.curriculum chooses the tasks of `step`; none without it."""
+        if not self.config.data.curriculum:
+            return {}
+        return ray.get(self.store.rewards_before.remote(measured_before(self.config, step)))
 
     def oldest_version(self) -> int:
         """The oldest policy version a token of this step's batch may have."""

@@ -31,6 +31,7 @@ from raygent.actors.subprocess_agent import (
     prompts_variable,
     task_variable,
 )
+from raygent.actors.task_choice import shares
 from raygent.algorithms.named import PROMPT_NAMES
 from raygent.callables import AGENT_OFFERS, arguments, load_callable
 from raygent.cluster.metrics import logged_in
@@ -158,11 +159,12 @@ def is_locked(path: Path) -> bool:
 
 
 def _check_data(config: Config) -> None:
-    if config.data.eval and config.data.eval == config.data.train:
+    if config.data.eval in config.data.train_files:
         raise ConfigError("data.eval: the same file as data.train; held-out tasks are others than those trained on")
     apart = config.agent.command is not None or config.agent.in_ == "subprocess"
-    for key, path in (("data.train", config.data.train), ("data.eval", config.data.eval)):
-        for task in load_tasks(path, key):
+    held_out = load_tasks(config.data.eval, "data.eval")
+    for key, tasks in (("data.train", load_tasks(config.data.train)), ("data.eval", held_out)):
+        for task in tasks:
             if apart and len(task_variable(task.input).encode(errors="replace")) > TASK_BYTES:
                 raise ConfigError(
                     f"{key}: task {task.id}: its input is over {TASK_BYTES} bytes as JSON, more than RAYGENT_TASK holds; put "
@@ -578,6 +580,10 @@ def _tell_data(config: Config) -> None:
     twice = sum(to_json(task.input) in trained_on for task in held_out)
     known = f"; {twice} of these have the input of a training task" if twice else ""
     print(f"data     {len(tasks)} tasks to train on, {len(held_out)} held out{known}")
+    drawn = isinstance(config.data.train, list) and not config.recorded and not config.changes_prompts
+    for name, share in shares(config, tasks).items() if drawn else ():
+        number = sum(task.source == name for task in tasks)
+        print(f"         {name}: {number} tasks, {share:.1%} of a step's")
     if config.recorded:
         print(f"         trained on what {config.data.rollouts or config.data.chats} holds")
     for task in tasks[:1]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from raygent.actors.pacer import drop_stale, refill_rollouts, train_rollouts
 from raygent.algorithms.batch import lacking_groups, make_samples
-from raygent.cluster.metrics import RunLog
+from raygent.cluster.metrics import RunLog, choice_metrics
 from raygent.config import Config
 from raygent.jobs.evaluate import evaluate, tasks_due
 from raygent.jobs.job import run_job
@@ -69,17 +69,18 @@ def sampled(parts: Parts, tasks: list[Task]) -> tuple[list[Sample], dict[str, fl
     """The samples of what the policy does now."""
     config, step = parts.config, parts.step
     for ahead in parts.admissible_steps():
-        parts.ask(train_rollouts(config, tasks, ahead, parts.version))
+        parts.ask(train_rollouts(config, tasks, ahead, parts.version, parts.measured(ahead)))
     with parts.clock("rollouts"):
         tables = parts.collect(step, "train")
-        for refill in range(config.algorithm.refills):
+        for refill in range(1, config.algorithm.refills + 1):
             if lacking := lacking_groups(tables, config):
-                parts.ask(refill_rollouts(config, tasks, step, parts.version, refill + 1, lacking))
+                parts.ask(refill_rollouts(config, tasks, step, parts.version, refill, lacking, parts.measured(step)))
                 tables = parts.collect(step, "train")
         greedy = parts.collect(step, "greedy")["rollouts"] if config.named_algorithm.needs_greedy else None
     with parts.clock("samples"):
         tables, stale = drop_stale(tables, parts.oldest_version())
         samples, metrics = make_samples(tables, config, greedy, parts.measure)
+        metrics |= choice_metrics(config, tasks, tables["rollouts"], parts.measured(step))
     parts.drop(stale)
     if samples:
         metrics["version_age"] = parts.age(samples)

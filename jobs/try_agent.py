@@ -49,7 +49,7 @@ def choose_task(config: Config, task_id: str | None) -> Task:
         if task_id in (None, task.id):
             return task
     raise ConfigError(
-        f"--task: no task {task_id!r} in {config.data.train}; the first are {', '.join(t.id for t in tasks[:5])}"
+        f"--task: no task {task_id!r} in {', '.join(config.data.train_files)}; the first are {', '.join(t.id for t in tasks[:5])}"
     )
 
 

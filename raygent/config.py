@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from urllib.parse import urlsplit
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raygent.algorithms.named import NAMES, PROMPT_NAMES, Named, algorithm
 
@@ -109,10 +109,46 @@ class Grader(Section):
 
 
 class Data(Section):
-    train: Text | None = None  # may be missing where rollouts or chats are given
+    train: Text | list[Text] | None = None  # may be missing where rollouts or chats are given
+    weights: list[Annotated[float, Field(gt=0)]] | None = (
+        None  # of the files of train; None: the numbers of their tasks
+    )
+    curriculum: bool = False  # tasks are drawn by the measured variance of their rewards
     eval: Text | None = None
     rollouts: Text | None = None  # the folder of a run whose rollouts are trained on, in place of the policy's own
     chats: Text | None = None  # JSONL or Parquet of conversations that sft trains on
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def paths(cls, value: Any) -> Any:
+        some = value if isinstance(value, list) and value else [value]
+        if value is not None and not all(isinstance(path, str) and path for path in some):
+            raise ValueError(f"data.train: should be a path, or a list of paths, not {_shown(value)}")
+        return value
+
+    @property
+    def train_files(self) -> list[str]:
+        return [self.train] if isinstance(self.train, str) else self.train or []
+
+    @model_validator(mode="after")
+    def a_weight_a_file(self) -> Data:
+        if self.weights and not isinstance(self.train, list):
+            raise ValueError(
+                'data.weights: there are no files to weigh; write train = ["a.jsonl", "b.jsonl"], or leave weights out'
+            )
+        if self.weights is not None and len(self.weights) != len(self.train_files):
+            raise ValueError(
+                f"data.weights: {len(self.weights)} for the {len(self.train_files)} files of data.train; give each file one"
+            )
+        named: dict[str, str] = {}
+        for path in self.train_files:
+            if other := named.get(source_name(path)):
+                raise ValueError(
+                    f"data.train: {other} and {path} have one name, {source_name(path)!r}, by which metrics tell them apart; "
+                    "rename one, or leave it out"
+                )
+            named[source_name(path)] = path
+        return self
 
     @model_validator(mode="after")
     def one_source(self) -> Data:
@@ -121,6 +157,11 @@ class Data(Section):
         if self.rollouts and self.chats:
             raise ValueError("data.chats: given beside data.rollouts; one of them is trained on")
         return self
+
+
+def source_name(path: str | Path) -> str:
+    """What the tasks of a file of data.train are called in metrics."""
+    return Path(path).stem
 
 
 # The advantage estimators of verl 0.9.1 that need no more than rewards, groups and a greedy baseline, each with whether it
@@ -513,6 +554,25 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def tasks_are_drawn(self) -> Config:
+        settings = self.algorithm
+        for key in ("weights", "curriculum"):
+            if getattr(self.data, key) and self.recorded:
+                raise ValueError(
+                    f"data.{key}: what is trained on was recorded before, so no tasks are drawn; leave {key} out"
+                )
+            if getattr(self.data, key) and self.changes_prompts:
+                raise ValueError(f"data.{key}: {settings.name} draws its tasks by itself; leave {key} out")
+        if self.data.curriculum and settings.name == "distill":
+            raise ValueError("data.curriculum: distill learns from a teacher and not by rewards; leave curriculum out")
+        if self.data.curriculum and settings.group_size < 2:
+            raise ValueError(
+                "data.curriculum: it measures how the rewards of a task's group vary, and algorithm.group_size = 1; use 2 or "
+                "more (8 is usual), or leave curriculum out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def upstreams_fit(self) -> Config:
         for agent in self.agent.train:
             name = self.upstream_of(agent)
@@ -770,9 +830,12 @@ def keys_of(loc: list[str]) -> list[str]:
 
 def _absolute(config: Config) -> Config:
     config.run.directory = str(_beside(config, "run.directory", config.run.directory))
-    for key in ("train", "eval"):
-        if value := getattr(config.data, key):
-            setattr(config.data, key, str(_file(config, f"data.{key}", value, "give a JSONL or Parquet file of tasks")))
+    mend = "give a JSONL or Parquet file of tasks"
+    train = [str(_file(config, "data.train", file, mend)) for file in config.data.train_files]
+    if config.data.train is not None:
+        config.data.train = train if isinstance(config.data.train, list) else train[0]
+    if config.data.eval:
+        config.data.eval = str(_file(config, "data.eval", config.data.eval, mend))
     if config.data.rollouts:
         config.data.rollouts = str(_run_folder(config, config.data.rollouts))
     if config.data.chats:

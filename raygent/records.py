@@ -49,6 +49,7 @@ class Task:
     id: str
     input: Any
     private: Any = None
+    source: str = ""  # the name of its file, where data.train has several
 
 
 class PromptVersion(TypedDict):

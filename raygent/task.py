@@ -6,23 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-from raygent.config import ConfigError
+from raygent.config import ConfigError, source_name
 from raygent.records import Task
 
 KEYS = ("id", "input", "private")
 
 
-def load_tasks(path: str | Path | None, key: str = "data.train") -> list[Task]:
-    """Read tasks: each row has `id` (unique), `input`, and optionally `private`; none where there is no path.
+def load_tasks(path: str | Path | list[str] | None, key: str = "data.train") -> list[Task]:
+    """Read the tasks of a file, or of several one behind the other, which are then the tasks' `source`: each row has `id` (unique
+    in all of them), `input`, and optionally `private`; none where there is no path.
 
     Raises ConfigError, naming `key` and the line, for a row that is no task.
     """
-    if path is None:
-        return []
-    path, rows = Path(path), read_rows(path, key)
     tasks: list[Task] = []
-    seen: dict[str, str] = {}
-    for place, row in rows:
+    seen: dict[str, tuple[Path, str]] = {}
+    for file in path if isinstance(path, list) else [path] if path else []:
+        tasks += _tasks_of(Path(file), key, source_name(file) if isinstance(path, list) else "", seen)
+    return tasks
+
+
+def _tasks_of(path: Path, key: str, source: str, seen: dict[str, tuple[Path, str]]) -> list[Task]:
+    """The tasks of one file. `seen`: by id, the file and the place where one stands; these are added."""
+    tasks: list[Task] = []
+    for place, row in read_rows(path, key):
         if not isinstance(row, dict) or "id" not in row or "input" not in row:
             has = ", ".join(map(repr, row)) if isinstance(row, dict) else type(row).__name__
             raise ConfigError(f'{key}: {path} {place} needs "id" and "input" (and may have "private"), not {has[:120]}')
@@ -32,9 +38,11 @@ def load_tasks(path: str | Path | None, key: str = "data.train") -> list[Task]:
             raise ConfigError(f"{key}: {path} {place}: the id is a text or a whole number, not {row['id']!r}")
         name = str(row["id"])
         if name in seen:
-            raise ConfigError(f"{key}: {path} {place} repeats the id {name!r} of {seen[name]}; ids are unique")
-        seen[name] = place
-        tasks.append(Task(name, row["input"], row.get("private")))
+            file, before = seen[name]
+            of = before if file == path else f"{file} {before}"
+            raise ConfigError(f"{key}: {path} {place} repeats the id {name!r} of {of}; ids are unique")
+        seen[name] = path, place
+        tasks.append(Task(name, row["input"], row.get("private"), source))
     if not tasks:
         raise ConfigError(f'{key}: {path} holds no task; a line is {{"id": "1", "input": ..., "private": ...}}')
     return tasks

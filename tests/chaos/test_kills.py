@@ -81,7 +81,7 @@ def test_every_part_killed_in_one_run(tmp_path):
 
     config = load(toml)
     tasks = load_tasks(config.data.train)
-    asked = {r.rollout_id: r.task_id for step in range(STEPS) for r in train_rollouts(config, tasks, step, 0)}
+    asked = {r.rollout_id: r.task_id for step in range(STEPS) for r in train_rollouts(config, tasks, step, 0, {})}
     rows = pq.read_table(run / "store" / "rollouts", columns=["rollout_id", "task_id", "mode"]).to_pylist()
     assert {row["rollout_id"]: row["task_id"] for row in rows if row["mode"] == "train"} == asked
     versions = [json.loads(line)["version"] for line in (run / "versions.jsonl").read_text().splitlines()]

@@ -135,6 +135,35 @@ WRONG_SECTIONS = {
         {"algorithm": 'name = "apo"\nselection_tasks = 2', "prompts": 'writer = "adder.py"'},
         r"algorithm\.selection_tasks: 2 of the 2 tasks of data\.train leave none to learn from; lower it",
     ),
+    "train_no_path": ({"data": "train = 3"}, r"data\.train: should be a path, or a list of paths, not 3"),
+    "train_no_paths": ({"data": "train = []"}, r"data\.train: should be a path, or a list of paths, not \[\]"),
+    "train_empty_path": ({"data": 'train = ["a.jsonl", ""]'}, r"data\.train: should be a path, or a list of paths, not"),
+    "train_one_name": ({"data": 'train = ["a/x.jsonl", "b/x.jsonl"]'}, r"data\.train: a/x\.jsonl and b/x\.jsonl have one name, 'x'"),
+    "weights_of_one_file": ({"data": 'train = "train.jsonl"\nweights = [1]'}, r"data\.weights: there are no files to weigh; write"),
+    "weights_too_few": ({"data": 'train = ["a", "b"]\nweights = [1]'}, r"data\.weights: 1 for the 2 files of data\.train"),
+    "weights_none": ({"data": 'train = ["a", "b"]\nweights = []'}, r"data\.weights: 0 for the 2 files of data\.train"),
+    "weight_zero": ({"data": 'train = ["a", "b"]\nweights = [1, 0]'}, r"data\.weights\.1: should be greater than 0, not 0"),
+    "weights_of_prompts": (
+        {"data": 'train = ["a", "b"]\nweights = [1, 1]', "algorithm": 'name = "apo"', "prompts": 'w = "adder.py"'},
+        r"data\.weights: apo draws its tasks by itself; leave weights out",
+    ),
+    "curriculum_of_prompts": (
+        {"data": 'train = "a"\ncurriculum = true', "algorithm": 'name = "gepa"', "prompts": 'w = "adder.py"'},
+        r"data\.curriculum: gepa draws its tasks by itself; leave curriculum out",
+    ),
+    "curriculum_of_rollouts": (
+        {"data": 'rollouts = "r"\ncurriculum = true', "algorithm": 'name = "dpo"'},
+        r"data\.curriculum: what is trained on was recorded before, so no tasks are drawn; leave curriculum out",
+    ),
+    "curriculum_of_chats": ({"data": 'chats = "r"\ncurriculum = true', "algorithm": 'name = "sft"'}, r"data\.curriculum: .* recorded"),
+    "curriculum_of_a_teacher": (
+        {"data": 'train = "a"\ncurriculum = true', "algorithm": 'name = "distill"\nteacher = "t"\ngroup_size = 8'},
+        r"data\.curriculum: distill learns from a teacher and not by rewards",
+    ),
+    "curriculum_of_one": (
+        {"data": 'train = "a"\ncurriculum = true', "algorithm": 'name = "ppo"\ngroup_size = 1\ntasks_per_step = 16'},
+        r"data\.curriculum: it measures how .* algorithm\.group_size = 1; use 2 or more",
+    ),
     "empty_text": ({"model": 'path = ""'}, r"model\.path: should not be empty"),
     "nan": ({"learner": "learning_rate = nan"}, r"learner\.learning_rate: should be a finite number, not nan"),
     "infinite": ({"engine": "temperature = inf"}, r"engine\.temperature: should be a finite number"),
@@ -201,6 +230,12 @@ WRONG_SECTIONS = {
     # files that the TOML names
     "no_data_file": ({"data": 'train = "tran.jsonl"'}, r"data\.train: no file .*; did you mean train\.jsonl\?"),
     "data_folder": ({"data": 'train = "."'}, r"data\.train: .* is a folder; give a JSONL or Parquet file"),
+    "no_file_of_some": ({"data": 'train = ["train.jsonl", "tran.jsonl"]'}, r"data\.train: no file .*tran\.jsonl; did you mean"),
+    "held_out_of_some": ({"data": 'train = ["adder.py", "train.jsonl"]\neval = "train.jsonl"'}, r"data\.eval: the same file"),
+    "id_of_two_files": (
+        {"data": 'train = ["train.jsonl", "test.jsonl"]'},
+        r"data\.train: .*test\.jsonl line 1 repeats the id '1' of .*train\.jsonl line 1; ids are unique",
+    ),
     "same_data": ({"data": 'train = "train.jsonl"\neval = "./train.jsonl"'}, r"data\.eval: the same file as data\.train"),
     "model_misspelt": ({"model": 'path = "./modl"'}, r"model\.path: no folder .*modl; did you mean .*model\?"),
     "model_far_off": ({"model": 'path = "/no/such/model"'}, r"model\.path: no folder .*; give a Hugging Face id"),
@@ -518,6 +553,16 @@ def test_a_dry_run_tells_and_starts_nothing(project, capsys, order):
         assert re.search(expected, told), (expected, told)
 
 
+def test_a_dry_run_tells_the_share_of_each_file(project, capsys):
+    (project / "hard.jsonl").write_text('{"id": "h", "input": "7 * 8"}\n')
+    both = 'data.train=["train.jsonl", "hard.jsonl"]'
+    for weights, told in ([], ("66.7", "33.3")), (["data.weights=[1, 3]"], ("25.0", "75.0")):
+        assert main(["train", "--dry-run", str(project / "train.toml"), both, *weights]) == 0
+        said = capsys.readouterr().out
+        assert "3 tasks to train on" in said
+        assert f"train: 2 tasks, {told[0]}% of a step's" in said and f"hard: 1 tasks, {told[1]}% of a step's" in said
+
+
 def test_a_dry_run_refuses_as_a_run_does(project, capsys):
     assert "data.train" in refused(capsys, "train", "--dry-run", project / "train.toml", "data.train=x.jsonl")
 
@@ -545,10 +590,20 @@ def test_a_resolved_config_loads_as_itself(project):
 
 
 def test_paths_are_relative_to_the_toml(project, monkeypatch):
+    (project / "more").mkdir()
+    (project / "more" / "hard.v2.jsonl").write_text('{"id": "h", "input": "7 * 8"}\n')
     monkeypatch.chdir("/")
     config = load(project / "train.toml")
     assert config.data.train == str(project / "train.jsonl") and config.model.path == str(project / "model")
     assert config.run_directory == project / "runs" / "run"
+    several = load(
+        project / "train.toml", ['data.train=["train.jsonl", "more/hard.v2.jsonl"]', "data.weights=[1, 2.5]"]
+    )
+    assert several.data.train == [str(project / "train.jsonl"), str(project / "more" / "hard.v2.jsonl")]
+    assert [task.source for task in load_tasks(several.data.train)] == ["train", "train", "hard.v2"]
+    assert [task.source for task in load_tasks(config.data.train)] == ["", ""]
+    (project / "again.toml").write_text(several.to_toml())
+    assert load(project / "again.toml").data == several.data
     assert load(project / "train.toml", ["model.path=org/name-1.5B"]).model.path == "org/name-1.5B"
 
 

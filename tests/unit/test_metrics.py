@@ -6,7 +6,7 @@ import pytest
 from conversations import call, config, rollout, tables
 
 from raygent.algorithms.batch import make_samples
-from raygent.cluster.metrics import RunLog, held_out, mismatch, read_lines, seconds_by_part
+from raygent.cluster.metrics import RunLog, choice_metrics, held_out, mismatch, read_lines, seconds_by_part
 from raygent.jobs.evaluate import evaluate, summarise, tasks_due
 from raygent.records import Task
 
@@ -44,6 +44,41 @@ def test_a_batch_counts_all_tokens_but_compares_like_with_like():
     assert metrics["tokens_sampled"] == 10  # the judge's and the dropped group's too
     assert metrics["turns"] == 1.5  # of group a
     assert metrics["attempts_not_won"] == 2
+
+
+def test_a_step_tells_the_reward_and_the_share_of_each_file():
+    tasks = [
+        Task("a", 1, None, "easy"),
+        Task("b", 2, None, "easy"),
+        Task("c", 3, None, "hard"),
+        Task("d", 4, None, "rest"),
+    ]
+    rows = [
+        rollout(f"{group}{n}", group, r)
+        for group, rewards in {"a": [1, 0], "c": [0, 0.5], "b": [1]}.items()
+        for n, r in enumerate(rewards)
+    ]
+    rows.append(rollout("c2", "c", None, "lost"))
+    several = config(data={"train": ["easy.jsonl", "hard.jsonl", "rest.jsonl"]})
+    assert choice_metrics(several, tasks, tables(rows, [])["rollouts"], {}) == {
+        "sources/easy/share": 0.6, "sources/easy/reward": pytest.approx(2 / 3),
+        "sources/hard/share": 0.4, "sources/hard/reward": 0.25, "sources/rest/share": 0.0,
+    }  # fmt: skip
+    assert choice_metrics(config(), tasks, tables(rows, [])["rollouts"], {}) == {}
+
+
+def test_a_step_tells_whether_the_curriculum_chose_well():
+    tasks = [Task(name, 1) for name in "abcd"]
+    measured = {"a": [[0.0, 1.0]], "b": [[1.0, 1.0]]}  # variances 0.5 and 0: the mean is 0.25
+    rows = [rollout(f"a{n}", "a", reward) for n, reward in enumerate([0.0, 0.0, 1.0])]
+    told = choice_metrics(
+        config(data={"train": "x", "curriculum": True}), tasks, tables(rows, [])["rollouts"], measured
+    )
+    a, b = (0.5 + 2 * 0.25) / 3, 2 * 0.25 / 3
+    assert told == {
+        "curriculum/unseen": 0.5, "curriculum/variance_of_all": pytest.approx((a + b + 0.5) / 4),
+        "curriculum/variance_expected": pytest.approx(a), "curriculum/variance_found": pytest.approx(1 / 3),
+    }  # fmt: skip
 
 
 class FakeWandb:

@@ -20,8 +20,8 @@ def config(tmp_path):
 
 def test_data_order_covers_each_epoch_and_depends_on_seed_and_step_alone(config):
     tasks = [Task(str(number), number) for number in range(7)]
-    steps = [train_rollouts(config, tasks, step, 0) for step in range(7)]
-    assert steps[3] == train_rollouts(config, tasks, 3, 0)
+    steps = [train_rollouts(config, tasks, step, 0, {}) for step in range(7)]
+    assert steps[3] == train_rollouts(config, tasks, 3, 0, {})
     order = [rollout.task_id for step in steps for rollout in step if rollout.index == 0]
     for epoch in range(3):
         assert sorted(order[7 * epoch : 7 * epoch + 7]) == [task.id for task in tasks]
@@ -32,17 +32,17 @@ def test_data_order_covers_each_epoch_and_depends_on_seed_and_step_alone(config)
 
 def test_refills_are_other_groups_of_the_same_step(config):
     tasks = [Task(str(number), number) for number in range(7)]
-    first, again = refill_rollouts(config, tasks, 2, 5, 1, 3), refill_rollouts(config, tasks, 2, 5, 2, 3)
-    assert first == refill_rollouts(config, tasks, 2, 5, 1, 3)
-    assert len({rollout.group_id for rollout in [*first, *again, *train_rollouts(config, tasks, 2, 5)]}) == 9
+    first, again = refill_rollouts(config, tasks, 2, 5, 1, 3, {}), refill_rollouts(config, tasks, 2, 5, 2, 3, {})
+    assert first == refill_rollouts(config, tasks, 2, 5, 1, 3, {})
+    assert len({rollout.group_id for rollout in [*first, *again, *train_rollouts(config, tasks, 2, 5, {})]}) == 9
     assert {(rollout.step, rollout.mode, rollout.resource_version) for rollout in first} == {(2, "train", 5)}
     assert len({rollout.task_id for rollout in first}) == 3
-    assert len({rollout.task_id for rollout in refill_rollouts(config, tasks, 2, 5, 1, 30)}) == 7
+    assert len({rollout.task_id for rollout in refill_rollouts(config, tasks, 2, 5, 1, 30, {})}) == 7
 
 
 def test_remax_has_a_greedy_rollout_in_each_group(config):
     config.algorithm.name = "remax"
-    rollouts = train_rollouts(config, [Task("a", 1), Task("b", 2)], 0, 0)
+    rollouts = train_rollouts(config, [Task("a", 1), Task("b", 2)], 0, 0, {})
     greedy = [rollout for rollout in rollouts if rollout.mode == "greedy"]
     assert [rollout.index for rollout in greedy] == [2] * 3 and len(rollouts) == 9
     assert {rollout.group_id for rollout in greedy} == {rollout.group_id for rollout in rollouts}

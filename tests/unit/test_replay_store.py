@@ -19,7 +19,7 @@ from stores import call, calls, crash, open_store, rollout, rows_on_disk, run_at
 from raygent.actors import replay_store
 from raygent.actors.replay_store import AttemptSealed, ReplayStore
 from raygent.actors.segments import STATE
-from raygent.records import CALLS, REWARDS, SPANS, UPSTREAM, Reward, Seal, Span, to_batch, to_json
+from raygent.records import CALLS, REWARDS, SPANS, UPSTREAM, Reward, Rollout, Seal, Span, to_batch, to_json
 
 
 def keys(leases) -> list[tuple[str, int]]:
@@ -213,6 +213,39 @@ async def test_rewind_frees_the_ids_of_later_steps_and_keeps_what_they_made(tmp_
     await now.rewind(0)
     with pytest.raises(ValueError, match="another step"):
         await now.add_rollouts([rollout(2, step=7)])
+
+
+async def test_rewards_before_a_step_are_those_of_ended_train_rollouts_by_group(tmp_path):
+    store = open_store(tmp_path, max_attempts=1)
+    of = {
+        "r0": ("t", "g0"),
+        "r1": ("t", "g0"),
+        "r2": ("u", "g1"),
+        "r3": ("u", "g1"),
+        "r4": ("t", "g2"),
+        "r5": ("t", "g3"),
+    }
+    steps = {"r0": 0, "r1": 0, "r2": 0, "r3": 0, "r4": 1, "r5": 2}
+    asked = [
+        Rollout(name, task, group, "train", steps[name], place, "in")
+        for place, (name, (task, group)) in enumerate(of.items())
+    ]
+    asked += [Rollout(f"e-{mode}", "t", "e", mode, 0, 0, "in") for mode in ("eval", "greedy", "score")]
+    await store.add_rollouts(asked)
+    rewards = {"r0": 1.0, "r1": -0.5, "r2": 0.25, "r4": 0.0, "r5": 1.0}
+    for lease in await store.lease("w", 99):
+        name = lease.rollout.rollout_id
+        if name in rewards:
+            await run_attempt(store, lease, reward=rewards[name], outcome="timeout" if name == "r2" else "succeeded")
+        elif name == "r3":
+            await run_attempt(store, lease, reward=None, outcome="engine_lost")  # lost: it has no reward
+    await store.cancel(["r1"])  # too stale to be trained, but measured
+    async for now in now_and_reopened(store, tmp_path):
+        assert await now.rewards_before(0) == {}
+        assert await now.rewards_before(1) == {"t": [[-0.5, 1.0]], "u": [[0.25]]}
+        assert await now.rewards_before(9) == {"t": [[-0.5, 1.0], [0.0], [1.0]], "u": [[0.25]]}
+    await now.rewind(1)
+    assert await now.rewards_before(9) == {"t": [[-0.5, 1.0], [0.0]], "u": [[0.25]]}
 
 
 async def test_rewind_queues_the_running_rollouts_of_its_step_again(tmp_path):
