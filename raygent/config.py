@@ -186,9 +186,7 @@ class Algorithm(Section):
     beta: float = Field(0.1, gt=0)  # of dpo
     teacher: Text | None = None  # of distill: a model with the tokenizer of model.path, or the base_url of its endpoint
     teacher_model: Text | None = None  # its name at the endpoint; None: the one that is served there
-    teacher_api_key_env: Text | None = (
-        None  # the environment variable that holds the endpoint's key; None: it asks for none
-    )
+    teacher_api_key_env: Text | None = None  # the environment variable that holds the key; None: it asks for none
     # of those that change prompts
     selection_tasks: int = Field(100, ge=1)  # of data.train, on which candidates are scored; the others are learnt from
     beam: int = Field(4, ge=1)  # candidates that apo keeps from step to step

@@ -13,11 +13,13 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from conversations import branching, config, rollout, tables
 from tiny_model import make_tiny_model
 
 from raygent.actors.engine import environment
-from raygent.actors.learner import LearnerGroup
+from raygent.actors.learner import Learner
+from raygent.actors.working_folder import working_folder
 from raygent.algorithms.batch import make_samples
 from raygent.cluster.start import free_port
 from raygent.cluster.teacher import Teacher
@@ -84,7 +86,7 @@ def settings_of(policy: Path, teacher: str, folder: Path, **more: Any) -> Any:
 
 @pytest.mark.slow
 def test_a_served_teacher_tells_what_a_kept_one_does(
-    cluster: None, models: dict[str, Path], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, Path], url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Branching rollouts of several turns, a prefill in several pieces, and a sample as long as they get."""
     monkeypatch.setenv("TEACHER_KEY", KEY)
@@ -111,10 +113,10 @@ def test_a_served_teacher_tells_what_a_kept_one_does(
         lambda _, asked: teacher.logprobs(asked),
     )
     assert len(samples) > len(names) and max(map(len, samples)) == CONTEXT
-    learners = LearnerGroup(kept)
-    learners.start(None)
-    wanted = learners.measure("reference", samples)
-    learners.stop()
+    rank = Learner(kept, 0, str(working_folder()))  # of one rank, and with nothing but its teacher
+    rank.device = torch.device("cpu")
+    rank.reference = rank._load_reference(torch.float32)
+    wanted = [values for _, values in sorted(rank.measure("reference", samples), key=lambda entry: entry[0])]
     for found, mine, sample in zip(teacher.logprobs(samples), wanted, samples, strict=True):
         assert found.dtype == mine.dtype == np.float32 and (found[~sample.loss_mask] == 0).all()
         np.testing.assert_allclose(found, mine, atol=1e-4)
