@@ -26,6 +26,7 @@ CHECK_S, DEADLINE_S = (
 TRY_S, CONNECT_S = 300.0, 10.0  # of one try, and of its beginning
 SPREAD = 200  # tokens of the whole vocabulary that the check's text is made of
 TEXT = "Call get_user(id=42), then say: naïve, 数学, Ωμέγα 🙂\n\n\tdef f(x):\n        return x ** 2 - 1.5e-3  # why?\n"
+SEE_TO = "see to algorithm.teacher (most end with /v1), teacher_model and teacher_api_key_env"
 MEND = "serve the teacher with `vllm serve`"
 
 
@@ -166,10 +167,8 @@ class Teacher:
                 )
             await asyncio.sleep(wait_s)
         if not response.is_success:
-            raise self._wrong(
-                f"HTTP {response.status_code} from {path}: {response.text[:SHOWN]}; see to algorithm.teacher (most end with /v1), "
-                "teacher_model and teacher_api_key_env"
-            )
+            mend = "" if response.status_code == 400 else f"; {SEE_TO}"
+            raise self._wrong(f"HTTP {response.status_code} from {path}: {response.text[:SHOWN]}{mend}")
         try:
             return response.json()
         except ValueError as error:

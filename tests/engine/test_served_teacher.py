@@ -131,7 +131,7 @@ def test_a_served_teacher_tells_what_a_kept_one_does(
     with pytest.raises(ConfigError, match=rf"takes {CONTEXT + 1} tokens, and a sample may have 2048"):
         served.model.context = None
         Teacher(served).check()
-    with pytest.raises(ConfigError, match=r"HTTP 400 from /completions: .*maximum model length"):
+    with pytest.raises(ConfigError, match=r"HTTP 400 from /completions: .*maximum context length"):
         samples[0].token_ids, samples[0].loss_mask = np.ones(CONTEXT + 1, np.int32), np.ones(CONTEXT + 1, bool)
         samples[0].temperature = np.ones(CONTEXT + 1, np.float32)
         teacher.logprobs(samples[:1])
