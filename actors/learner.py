@@ -441,7 +441,8 @@ class LearnerGroup:
         self.group = placement_group([need] * settings.ranks, strategy="PACK")
         _wait_for(self.group, need, settings.ranks)
         environment = {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
-        if all(path.startswith("/") for path in (self.config.model.path, self.config.algorithm.teacher or "/")):
+        teacher = self.config.algorithm.teacher if self.config.with_reference else None
+        if all(path.startswith("/") for path in (self.config.model.path, teacher or "/")):
             environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
         self.ranks = [
             ray.remote(self.kind)

@@ -11,14 +11,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import random
 import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, nullcontext
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import Any
 
 import httpx
@@ -26,11 +24,11 @@ from aiolimiter import AsyncLimiter
 
 from raygent.actors.capture import NotRecorded, Recorder
 from raygent.actors.gateway import TOO_DEEP, CallContext, Refusal
+from raygent.actors.tries import SHOWN, Unanswered, check_answered, wait_before_next
 from raygent.config import Upstream
 from raygent.records import Call
 
 logger = logging.getLogger("raygent.engine")
-FIRST_WAIT_S, MOST_WAIT_S = 0.5, 30.0  # between tries, where the upstream does not say
 BUDGET_POLL_S = 0.05
 PASSED_ON = ("anthropic-version", "anthropic-beta", "openai-beta", "accept")  # of the request's headers
 PASSED_BACK = ("content-type", "x-request-id", "request-id")
@@ -38,7 +36,6 @@ MISTAKES = (401, 403, 404)  # the config's, not the agent's: key, base_url, mode
 NO_ENTRY = (401, 403)
 EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 LAST = ("response.completed", "response.incomplete", "response.failed", "message_stop", "error")  # types of last events
-SHOWN = 300  # characters of an upstream's error
 # In an error's type, code and status: what the agent asked for is at fault, unless it's the config or the vendor all the same.
 AGENTS_DOING = re.compile(
     r"invalid_(request|prompt|argument)|bad_?request|unprocessable|context_length|too_large|content_|policy|image",
@@ -73,15 +70,6 @@ class Reply:
             for end in (*ends, place.get("stop_reason")):
                 if isinstance(end, str):
                     self.finish_reason = end
-
-
-class Unanswered(Exception):
-    """A try that gave nothing; `wait_s` is how long the upstream asks to be left alone, 0 where it does not say. `mistake`: the
-    status that tells of a mistake in the config."""
-
-    def __init__(self, why: str, wait_s: float = 0.0, mistake: int = 0) -> None:
-        super().__init__(why)
-        self.wait_s, self.mistake = wait_s, mistake
 
 
 class UpstreamProxy:
@@ -193,8 +181,7 @@ class UpstreamProxy:
                 if error.mistake:
                     self.mistake = str(error)
                 tries += 1
-                own = min(MOST_WAIT_S, FIRST_WAIT_S * 2 ** min(tries, 10)) * random.uniform(0.5, 1)
-                wait_s = error.wait_s or own
+                wait_s = wait_before_next(error, tries)
                 if time.monotonic() + wait_s > deadline:
                     state.failed = True
                     state.upstream_failed = f"upstream.{self.name}: {error}"
@@ -227,9 +214,8 @@ class UpstreamProxy:
                 raise Unanswered("no reply within timeout_s", float("inf")) from error
             except (httpx.TransportError, httpx.DecodingError) as error:
                 raise Unanswered(f"{type(error).__name__}: {error}") from error
+            check_answered(response)
             status = response.status_code
-            if status in (408, 429) or status >= 500:
-                raise Unanswered(f"HTTP {status}: {response.text[:SHOWN]}", _retry_after(response.headers))
             if status in MISTAKES or 300 <= status < 400:
                 raise Unanswered(f"HTTP {status} from {url}: {response.text[:SHOWN]}", float("inf"), status)
             reply.waits_for = ""
@@ -408,16 +394,3 @@ def _agents_doing(told: dict[str, Any]) -> bool:
     if statuses := [int(kind) for kind in kinds if kind.isdecimal()]:
         return 400 <= statuses[0] < 500 and statuses[0] not in (408, 429, *MISTAKES)
     return bool(AGENTS_DOING.search(" ".join(kinds))) and not NOT_AGENTS.search(" ".join(kinds))
-
-
-def _retry_after(headers: httpx.Headers) -> float:
-    """How many seconds the upstream asks to wait; 0 where it does not say."""
-    told = headers.get("retry-after", "")
-    try:
-        return max(0.0, float(told))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
-    except ValueError:
-        return 0.0

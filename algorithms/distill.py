@@ -25,7 +25,8 @@ def advantages(episodes: Episodes, settings: Algorithm) -> np.ndarray:
 def check(settings: Algorithm) -> None:
     if settings.teacher is None:
         raise ValueError(
-            'algorithm.teacher: missing; write teacher = "a Hugging Face id or a folder" of the same tokenizer'
+            'algorithm.teacher: missing; write teacher = "a Hugging Face id or a folder" of the same tokenizer, or the '
+            "base_url of an endpoint"
         )
     if settings.kl:
         raise ValueError("algorithm.kl: distill has the teacher for a reference, not the first weights; leave it out")

@@ -32,6 +32,7 @@ from raygent.cluster.prompt_table import prompts_in_force, steps_done
 from raygent.cluster.serve_app import START_DEADLINE_S, app_name, start_app
 from raygent.cluster.spending import Spending
 from raygent.cluster.start import cpus_needed
+from raygent.cluster.teacher import Teacher
 from raygent.config import Config, ConfigError
 from raygent.records import Rollout, Sample
 
@@ -63,12 +64,15 @@ class Parts:
         self.versions = Versions(self.directory)
         self.prompts = prompts_in_force(config)
         self.spending = Spending(config)
+        self.teacher = Teacher(config) if learn and config.algorithm.teacher_url else None
         self.seconds: dict[str, float] = defaultdict(float)
         self.gated = not learn
         self.restarts: Counter[int] = Counter()  # of the learners, by the step they went on from
 
     def __enter__(self) -> Parts:
         self.spending.check()
+        if self.teacher:
+            self.teacher.check()
         self.own_ray = not ray.is_initialized()
         if self.own_ray:
             # A job has RAY_ADDRESS; without it the driver gets a Ray of its own, not whichever was last started here
@@ -209,9 +213,16 @@ class Parts:
         if not self.config.upstream:
             return
         try:
-            self._deal_out()
+            with self.steps_kept():
+                self._deal_out()
         except EngineUnavailable as error:
             logger.warning("%s", last_line(error))
+
+    @contextmanager
+    def steps_kept(self) -> Iterator[None]:
+        """Where the block ends the run with a ConfigError, all steps done are safe in a checkpoint first."""
+        try:
+            yield
         except ConfigError:
             if self.learners and self.step:
                 self.checkpoint()
@@ -254,7 +265,11 @@ class Parts:
         self.gated = True
 
     def measure(self, what: str, samples: list[Sample]) -> list[np.ndarray]:
-        """See LearnerGroup.measure."""
+        """See LearnerGroup.measure; a teacher that is an endpoint tells of the "reference" in the learners' place. Raises
+        ConfigError, with all steps done safe in a checkpoint, where it does not."""
+        if what == "reference" and self.teacher:
+            with self.steps_kept():
+                return self.teacher.logprobs(samples)
         group = self.critic if what == "values" else self.learners
         assert group
         return group.measure(what, samples)

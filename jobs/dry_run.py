@@ -210,6 +210,8 @@ def _check_critic(config: Config) -> None:
 
 def _check_teacher(config: Config) -> None:
     teacher = config.algorithm.teacher
+    if config.algorithm.teacher_url:  # asked before training alone: see Teacher.check
+        return
     if teacher and Path(teacher).is_absolute() and not (Path(teacher) / "config.json").is_file():
         raise ConfigError(f"algorithm.teacher: {teacher} has no config.json; give a folder that transformers loads")
     if teacher and not _same_tokenizer(teacher, config.model.path):
@@ -570,6 +572,7 @@ def dry_run(config: Config) -> None:
     _tell_agent(config)
     memory = memory_estimate(config)
     _tell_model(config, memory)
+    _tell_teacher(config)
     _tell_cluster(config, memory)
 
 
@@ -632,6 +635,19 @@ def _tell_model(config: Config, memory: dict[str, float]) -> None:
         f"memory   about {_gib(memory['learner_rank'])} a learner rank ({_gib(memory['learner_states'])} of weights, gradients "
         f"and optimiser, {_gib(memory['learner_logits'])} of logits), {_gib(memory['engine'])} an engine"
     )
+
+
+def _tell_teacher(config: Config) -> None:
+    if not config.algorithm.teacher_url:
+        return
+    if os.environ.get("RAY_ADDRESS", "").startswith("http"):
+        print(f"teacher  {config.algorithm.teacher_url}: asked by the job, from where it runs")
+        return
+    from raygent.cluster.teacher import Teacher  # and httpx, which takes its time
+
+    teacher = Teacher(config)
+    teacher.check()
+    print(f"teacher  {teacher.model} at {teacher.url}: tells the log-probabilities of tokens of the model")
 
 
 def tell_parsers(config: Config) -> None:

@@ -226,13 +226,36 @@ class Algorithm(Section):
     entropy: float = Field(0.0, ge=0)  # weight of the entropy bonus
     threshold: float | None = None  # of sft: the reward a winner has at least; None: the best of its task's rollouts
     beta: float = Field(0.1, gt=0)  # of dpo
-    teacher: Text | None = None  # of distill: a model with the tokenizer of model.path
+    teacher: Text | None = None  # of distill: a model with the tokenizer of model.path, or the base_url of its endpoint
+    teacher_model: Text | None = None  # its name at the endpoint; None: the one that is served there
+    teacher_api_key_env: Text | None = None  # the environment variable that holds the key; None: it asks for none
     # of those that change prompts
     selection_tasks: int = Field(100, ge=1)  # of data.train, on which candidates are scored; the others are learnt from
     beam: int = Field(4, ge=1)  # candidates that apo keeps from step to step
     edits: int = Field(4, ge=1)  # new candidates a step: of apo for each of the beam, of bootstrap_fewshot in all
     demonstrations: int = Field(4, ge=1)  # of bootstrap_fewshot, in a prompt at most
     max_rollouts: int = Field(0, ge=0)  # of training tasks, after which no step begins; 0: no limit
+
+    @property
+    def teacher_url(self) -> str | None:
+        """Where the teacher is an endpoint, its base_url."""
+        return self.teacher if self.teacher and "://" in self.teacher else None
+
+    @model_validator(mode="after")
+    def teacher_fits(self) -> Algorithm:
+        if self.teacher_url:
+            _check_url(self.teacher_url, "algorithm.teacher", "algorithm.teacher_api_key_env", "http://HOST:8000/v1")
+            if self.kl:
+                raise ValueError(
+                    "algorithm.kl: the learners keep no model beside an endpoint to compare with; leave it out, or give "
+                    "algorithm.teacher as a folder"
+                )
+        for key in ("teacher_model", "teacher_api_key_env"):
+            if getattr(self, key) and not self.teacher_url:
+                raise ValueError(
+                    f"algorithm.{key}: algorithm.teacher is no endpoint; leave it out, or give the endpoint's base_url"
+                )
+        return self
 
     @model_validator(mode="after")
     def groups_compare(self) -> Algorithm:
@@ -398,16 +421,11 @@ class Config(Section):
 
     def upstream_keys(self) -> dict[str, str]:
         """The upstreams' API keys, by name, from this process's environment. Raises ConfigError where one is not set."""
-        keys = {}
-        for name, upstream in self.upstream.items():
-            if variable := upstream.api_key_env:
-                if not os.environ.get(variable):
-                    raise ConfigError(
-                        f"upstream.{name}.api_key_env: the environment variable {variable} is not set; set it to the key, "
-                        "or leave api_key_env out where none is asked for"
-                    )
-                keys[name] = os.environ[variable]
-        return keys
+        return {
+            name: key_in(upstream.api_key_env, f"upstream.{name}.api_key_env")
+            for name, upstream in self.upstream.items()
+            if upstream.api_key_env
+        }
 
     @model_validator(mode="before")
     @classmethod
@@ -432,8 +450,8 @@ class Config(Section):
 
     @property
     def with_reference(self) -> bool:
-        """Whether the learners keep a frozen model beside the policy: the first weights, or the teacher."""
-        return self.algorithm.kl > 0 or "reference" in self.measures
+        """Whether the learners keep a frozen model beside the policy: the first weights, or a teacher that is no endpoint."""
+        return self.algorithm.kl > 0 or ("reference" in self.measures and not self.algorithm.teacher_url)
 
     @property
     def of_critic(self) -> Config | None:
@@ -494,6 +512,11 @@ class Config(Section):
             named.check(settings)
         if settings.teacher and settings.name in NAMES and settings.name != "distill":
             raise ValueError(f"algorithm.teacher: {settings.name} has none; leave it out, or use distill")
+        if settings.teacher_url and self.engine.temperature != 1:
+            raise ValueError(
+                f"engine.temperature: {self.engine.temperature:g}, and the endpoint of algorithm.teacher tells what tokens "
+                "are worth at 1; leave it out, or give algorithm.teacher as a folder"
+            )
         if named.returns and not settings.drop_flat_groups:
             raise ValueError(
                 f"algorithm.drop_flat_groups: false leaves the critic of {settings.name} without returns for some; leave it out"
@@ -582,16 +605,7 @@ class Config(Section):
                     f"agent.train or of upstream.{name}.agents"
                 )
         for name, upstream in self.upstream.items():
-            if re.match(r"(\w+://)?[^/?#]*@", upstream.base_url):
-                raise ValueError(
-                    f"upstream.{name}.base_url: has a user or a password before its host, which logs would show; take them "
-                    f"out, and name the environment variable that holds the key in upstream.{name}.api_key_env"
-                )
-            if not _is_url(upstream.base_url):
-                raise ValueError(
-                    f"upstream.{name}.base_url: {upstream.base_url!r} is no URL; write it as a client gets it, as "
-                    '"https://api.openai.com/v1"'
-                )
+            _check_url(upstream.base_url, f"upstream.{name}.base_url", f"upstream.{name}.api_key_env")
             if upstream.max_parallel < self.engine.replicas:
                 raise ValueError(
                     f"upstream.{name}.max_parallel: {upstream.max_parallel} is less than engine.replicas = "
@@ -689,6 +703,27 @@ def _is_url(text: str) -> bool:
         )
     except ValueError:  # a port beyond all ports, a bracket too many
         return False
+
+
+def key_in(variable: str, key: str) -> str:
+    """The API key that the environment variable holds, which the config's `key` names. Raises ConfigError where it is not set."""
+    if not os.environ.get(variable):
+        raise ConfigError(
+            f"{key}: the environment variable {variable} is not set; set it to the key, or leave {key.rpartition('.')[2]} out "
+            "where none is asked for"
+        )
+    return os.environ[variable]
+
+
+def _check_url(url: str, key: str, key_env: str, example: str = "https://api.openai.com/v1") -> None:
+    """Raises ValueError where the config's `key` is no URL to ask under; `key_env` names the API key's variable."""
+    if re.match(r"(\w+://)?[^/?#]*@", url):
+        raise ValueError(
+            f"{key}: has a user or a password before its host, which logs would show; take them out, and name the "
+            f"environment variable that holds the key in {key_env}"
+        )
+    if not _is_url(url):
+        raise ValueError(f'{key}: {url!r} is no URL; write it as a client gets it, as "{example}"')
 
 
 def _fits(name: str, patterns: list[str]) -> bool:
@@ -841,7 +876,7 @@ def _absolute(config: Config) -> Config:
     if config.data.chats:
         config.data.chats = str(_file(config, "data.chats", config.data.chats, "give a JSONL or Parquet file of chats"))
     config.model.path = _model(config, "model.path", config.model.path)
-    if config.algorithm.teacher:
+    if config.algorithm.teacher and not config.algorithm.teacher_url:
         config.algorithm.teacher = _model(config, "algorithm.teacher", config.algorithm.teacher)
     config.prompts = {name: str(_beside(config, f"prompts.{name}", file)) for name, file in config.prompts.items()}
     config.first_prompts()

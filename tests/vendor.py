@@ -48,7 +48,7 @@ class Vendor:
 
     def __init__(self) -> None:
         self.answers: list[Any] = [(200, CHAT, {})]
-        self.requests: list[dict[str, Any]] = []  # "path", "headers" (lower case), "body", "time"
+        self.requests: list[dict[str, Any]] = []  # "path", "headers" (lower case), "body" (of a GET None), "time"
         self.at_once = self.most_at_once = 0
         self.base_url = ""
         self.lock = threading.Lock()
@@ -79,8 +79,10 @@ def serving() -> Iterator[Vendor]:
             finally:
                 vendor.count(-1)
 
+        do_GET = do_POST
+
         def answer(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "null")
             headers = {name.lower(): value for name, value in self.headers.items()}
             status, told, more = vendor.take(self.path, headers, body)
             stream = isinstance(told, list)
