@@ -50,13 +50,13 @@ IN_THREAD_BYTES = 16 << 10  # traces of more, or zipped ones, take milliseconds 
 MOST_KEPT = 10_000  # of each, an attempt and replica; in requests of MAX_BYTES together
 UNRECORDED = ("/v1/models", "/v1/messages/count_tokens")  # need a key, sample nothing
 MAX_BODY_BYTES = 64 * 2**20
+MOST_NESTED = 200  # well below the depth at which Python, here or in vLLM, can read or write JSON no more
 KEY_LIFE_S = 86_400.0
 SWEEP_AT = 1024  # attempts remembered before the first look for those whose keys have expired
 PATH = re.compile(r"^/a/(?P<key>[^/]+)(?:/agent/(?P<agent>[^/]+))?(?P<rest>/.*)$", re.DOTALL)
 OVERFLOW = re.compile(r"maximum (context|model) length|context length|max_model_len", re.IGNORECASE)
 OVERFLOW_WITHIN = 400  # characters: what comes later may repeat the request
 MAX_TOKENS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-TOO_DEEP = "the body is nested too deep"
 ENDED = "this attempt has ended; its key is refused"
 MAX_MESSAGE = 4000  # characters of an error; vLLM's repeat the request
 ANTHROPIC_KINDS = {
@@ -293,6 +293,8 @@ class Gateway:
             return await refuse(400, "invalid_request_error", f"the body is not JSON: {error}")
         if not isinstance(request, dict):
             return await refuse(400, "invalid_request_error", "the body must be a JSON object")
+        if body.count(b"[") + body.count(b"{") > MOST_NESTED and nested_over(request, MOST_NESTED):
+            return await refuse(400, "invalid_request_error", f"the body is nested more than {MOST_NESTED} deep")
         for name, why in REFUSED.items():
             if request.get(name):
                 return await refuse(400, "invalid_request_error", f"{name}: {why}")
@@ -332,10 +334,7 @@ class Gateway:
         for name in MAX_TOKENS if self.max_tokens else ():
             if isinstance(request.get(name), int):
                 request[name] = min(request[name], self.max_tokens)
-        try:
-            changed = json.dumps(request).encode()
-        except RecursionError:
-            return await refuse(400, "invalid_request_error", TOO_DEEP)
+        changed = json.dumps(request).encode()
         await self._serve(_at(scope, rest, headers), changed, receive, send, context, refuse)
 
     async def _keep(
@@ -508,6 +507,17 @@ def unbind(request: dict[str, Any]) -> None:
         for place in (tool, tool.get("function")) if isinstance(tool, dict) else ():
             if isinstance(place, dict) and place.get("strict"):
                 place["strict"] = False
+
+
+def nested_over(value: Any, most: int) -> bool:
+    """Whether a JSON value has objects and arrays nested more than `most` deep."""
+    level = [value]
+    for _ in range(most + 1):
+        if not level:
+            return False
+        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
+        level = [part for parts in inner for part in parts]
+    return any(isinstance(part, dict | list) for part in level)
 
 
 def media_in(request: dict) -> str:

@@ -23,7 +23,7 @@ import httpx
 from aiolimiter import AsyncLimiter
 
 from raygent.actors.capture import NotRecorded, Recorder
-from raygent.actors.gateway import TOO_DEEP, CallContext, Refusal
+from raygent.actors.gateway import CallContext, Refusal
 from raygent.actors.tries import SHOWN, Unanswered, check_answered, wait_before_next
 from raygent.config import Upstream
 from raygent.records import Call
@@ -154,13 +154,10 @@ class UpstreamProxy:
         settings, state = self.settings, reply.context.state
         request = request | {"model": settings.model}
         strip_usage = settings.priced and reply.context.api in ("chat", "completions") and _ask_for_usage(request)
-        fields = {name: headers[name].encode("latin1") for name in PASSED_ON if name in headers}
-        fields |= {"content-type": b"application/json"}
+        fields = {name.encode(): headers[name].encode("latin1") for name in PASSED_ON if name in headers}
+        fields |= {b"content-type": b"application/json"}
         url = settings.base_url.rstrip("/") + path.removeprefix("/v1")
-        try:
-            body = json.dumps(request).encode()
-        except RecursionError:
-            return await refuse(400, "invalid_request_error", TOO_DEEP)
+        body = json.dumps(request).encode()
         keys = self._keys(path)
         deadline, tries = 0.0, 0
         while True:
@@ -176,7 +173,7 @@ class UpstreamProxy:
             except Unanswered as error:
                 if error.mistake in NO_ENTRY and len(keys) > 1:
                     del keys[0]
-                    self.bearer = "authorization" in keys[0]
+                    self.bearer = b"authorization" in keys[0]
                     continue
                 if error.mistake:
                     self.mistake = str(error)
@@ -193,7 +190,7 @@ class UpstreamProxy:
 
     async def _try(
         self,
-        asked: tuple[str, bytes, dict[str, bytes]],
+        asked: tuple[str, bytes, dict[bytes, bytes]],
         deadline: float,
         strip_usage: bool,
         send: Callable,
@@ -309,12 +306,12 @@ class UpstreamProxy:
         reply.recorded = True
         return self.recorder.begin(state, [call])
 
-    def _keys(self, path: str) -> list[dict[str, bytes]]:
+    def _keys(self, path: str) -> list[dict[bytes, bytes]]:
         """The headers that give the key; on /v1/messages one after the other, until one is let in. Never both: Anthropic takes
         no API key as bearer, other endpoints take nothing else, and some refuse the two together."""
         if self.key is None:
             return [{}]
-        bearer, plain = {"authorization": f"Bearer {self.key}".encode()}, {"x-api-key": self.key.encode()}
+        bearer, plain = {b"authorization": f"Bearer {self.key}".encode()}, {b"x-api-key": self.key.encode()}
         if path != "/v1/messages":
             return [bearer]
         return [bearer, plain] if self.bearer else [plain, bearer]

@@ -407,7 +407,7 @@ def _metrics(
         if outcome not in (None, "", "succeeded")
     }
     by_agent: Counter[str] = Counter()
-    seen = [item for item in seen if not item.nodes[0].call["policy"].startswith(UPSTREAM)]
+    seen = [item for item in seen if any(len(node.tokens) for node in item.nodes)]  # an upstream's calls have none
     names = set(sorted({item.agent for item in seen})[:MOST_AGENTS])  # a client may name as many as it likes
     for item in (item for item in seen if item.agent in names):
         by_agent[f"agents/{item.agent}/calls"] += len(item.nodes)

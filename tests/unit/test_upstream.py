@@ -245,18 +245,15 @@ async def test_a_vendor_that_is_not_there(vendor):
 
 
 async def test_what_no_client_can_send_is_no_agents_doing(vendor):
-    door = Door(vendor, base_url="http://[::1/v1")  # as no config lets it be
+    door = Door(vendor)
+    door.proxy.settings = door.proxy.settings.model_copy(
+        update={"base_url": "http://[::1/v1"}
+    )  # as no config lets it be
     with pytest.raises(httpx.InvalidURL):
         await door.call()
     assert door.state.failed and "InvalidURL" in door.state.upstream_failed
     door = Door(vendor)
     assert (await door.call(headers={"accept": "é"}))[0] == 200
-    nested: list = []
-    for _ in range(970):
-        nested = [nested]
-    for _ in range(40):
-        nested = [nested]
-        assert (await door.call(messages=nested))[0] in (200, 400)
     assert not door.state.failed
 
 
