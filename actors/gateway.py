@@ -512,7 +512,7 @@ def unbind(request: dict[str, Any]) -> None:
 def nested_over(value: Any, most: int) -> bool:
     """Whether a JSON value has objects and arrays nested more than `most` deep."""
     level = [value]
-    for _ in range(most + 1):
+    for _ in range(most):
         if not level:
             return False
         inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
