@@ -14,7 +14,7 @@ import time
 import traceback
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -79,6 +79,11 @@ class Recorder:
 
     def reward(self, value: float, components: dict[str, float], name: str = "reward") -> None:
         self("rewards", {"value": value, "name": name, "agent": "", "components": components, "time": time.time()})
+
+    def order_rewards(self) -> None:
+        """By the time they were given at, whichever way they came."""
+        ordered = sorted(self.rewards, key=lambda reward: reward.time)
+        self.rewards = [replace(reward, source_sequence=place) for place, reward in enumerate(ordered)]
 
     def emitted(self) -> float | None:
         """The rollout's reward as the agent emitted it: the last "reward" for the whole, else the agents' mean."""

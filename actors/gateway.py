@@ -278,14 +278,18 @@ class Gateway:
         if api is None and rest not in UNRECORDED:
             there = ", ".join([*APIS, *UNRECORDED, *KEPT])
             return await refuse(404, "not_found_error", f"no {rest} here; there are {there}")
-        if scope["method"] == "GET":
+        if scope["method"] == "GET" and api is None:
             return await self.app(_at(scope, rest, headers), receive, send)
+        if scope["method"] != "POST":
+            return await refuse(
+                405, "invalid_request_error", f"{rest} takes POST, not {scope['method']}", {"allow": "POST"}
+            )
         if not self.ready():
             state.failed = True
             return await refuse(
                 503, "overloaded_error", "this replica waits for the current weights", {"retry-after": "1"}
             )
-        if (body := await _body(receive, refuse)) is None:
+        if (body := await self._body(state, receive, refuse)) is None:
             return
         try:
             request = json.loads(body)
@@ -309,8 +313,11 @@ class Gateway:
         agent = matched and unquote(matched["agent"] or "")
         if not agent:  # what an upstream is named for is not answered by the policy, whoever asks
             named = _named(request)
-            agent = named if self.upstream_of(named) else headers.get(AGENT_HEADER) or named
+            header = headers.get(AGENT_HEADER, "").encode("latin1").decode("utf-8", "replace")
+            agent = named if self.upstream_of(named) else header or named
         agent = agent.encode("utf-8", "replace").decode()
+        if not agent.strip() or not agent.isprintable():
+            return await refuse(400, "invalid_request_error", f"{agent!r} is no agent's name; use what can be printed")
         only_prompt = api == "completions" and request.get("echo") and request.get("max_tokens") == 0
         context = CallContext(
             key,
@@ -347,7 +354,7 @@ class Gateway:
         refuse: Refusal,
     ) -> None:
         """Take the traces or the reward in the request's body; they are handed over at the attempt's end."""
-        if (body := await _body(receive, refuse)) is None:
+        if (body := await self._body(state, receive, refuse)) is None:
             return
         content_type = headers.get("content-type", "").lower()
         encoding = headers.get("content-encoding", "").lower()
@@ -373,6 +380,16 @@ class Gateway:
         kind = PROTOBUF if protobuf else "application/json"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind.encode())]})
         await send({"type": "http.response.body", "body": answer})
+
+    async def _body(self, state: AttemptState, receive: Callable, refuse: Refusal) -> bytes | None:
+        """As _body(), for no longer than the attempt goes on."""
+        task = asyncio.current_task()
+        assert task is not None
+        state.tasks.add(task)
+        try:
+            return await _body(receive, refuse)
+        finally:
+            state.tasks.discard(task)
 
     async def _serve(
         self, scope: dict, body: bytes, receive: Callable, send: Callable, context: CallContext, refuse: Refusal

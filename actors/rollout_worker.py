@@ -147,9 +147,9 @@ class RolloutWorker:
             closed = await closing
             for span in (span for of in closed.values() for span in of["spans"]):
                 recorder("spans", span)
-            by_http = [sent for of in closed.values() for sent in of["rewards"]]
-            for sent in sorted(by_http, key=lambda sent: sent["time"]):
+            for sent in (sent for of in closed.values() for sent in of["rewards"]):
                 recorder("rewards", sent)
+            recorder.order_rewards()
             check_engine(ended, source, closed, endpoint)
             outcome, error, verdict = await self._judge(lease, ended, closed, recorder)
         except EngineLost as lost:

@@ -32,6 +32,7 @@ KEPT_BYTES = 1 << 20  # of stdout and of stderr each, from the end
 TASK_BYTES = (128 << 10) - len("RAYGENT_TASK=") - 1  # Linux starts no process with a longer variable
 PROMPTS_BYTES = (128 << 10) - len(f"{PROMPTS_VARIABLE}=") - 1
 EVENTS_BYTES = 16 << 20  # of emitted rewards and spans
+REST_S = 5.0  # for the outputs of an ended process to end
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,9 @@ def run_command(
 
     Raises OSError where the process cannot be started.
     """
-    with tempfile.NamedTemporaryFile(prefix="raygent-events-", suffix=".jsonl") as events:
+    # A folder of its own, which the agent may do with as it likes: what was opened here is read.
+    folder = tempfile.TemporaryDirectory(prefix="raygent-events-", ignore_cleanup_errors=True)
+    with folder, (Path(folder.name) / "events.jsonl").open("w+b") as events:
         supervised = Supervised(
             command_of(config),
             config.folder,
@@ -181,39 +184,45 @@ def run_command(
         )
         started(supervised)
         process = supervised.process
-        ends: dict[str, bytes] = {}
-        readers = [
-            threading.Thread(target=lambda n=name, s=stream: ends.update({n: kept_of(s)}), daemon=True)
-            for name, stream in (("stdout", process.stdout), ("stderr", process.stderr))
-        ]
-        for reader in readers:
-            reader.start()
+        assert process.stdout and process.stderr
+        outputs = [Tail(process.stdout), Tail(process.stderr)]
         code = process.wait()
-        for reader in readers:
-            reader.join()
+        stdout, stderr = (output.text() for output in outputs)
         over = supervised.over()
         supervised.stop()
-        written = Path(events.name).read_bytes()
-    texts = {name: end.decode(errors="replace") for name, end in ends.items()}
-    return CommandEnd(code, texts["stdout"], texts["stderr"], read_events(written), over)
+        return CommandEnd(code, stdout, stderr, read_events(events), over)
 
 
-def kept_of(stream: IO[bytes]) -> bytes:
-    """Read to the end, keep the last KEPT_BYTES."""
-    kept = b""
-    with stream:
-        while chunk := stream.read1(1 << 16):  # type: ignore[attr-defined]
-            kept = (kept + chunk)[-KEPT_BYTES:]
-    return kept
+class Tail:
+    """The last KEPT_BYTES of a stream, read to its end by a thread."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.kept = b""
+        self.thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self.thread.start()
+
+    def _read(self, stream: IO[bytes]) -> None:
+        with stream:
+            while chunk := stream.read1(1 << 16):  # type: ignore[attr-defined]
+                self.kept = (self.kept + chunk)[-KEPT_BYTES:]
+
+    def text(self) -> str:
+        """Once the stream has ended, or, where something that got away holds it open, after REST_S."""
+        self.thread.join(REST_S)
+        return self.kept.decode(errors="replace")
 
 
-def read_events(written: bytes) -> list[dict[str, Any]]:
-    """The whole lines of an events file; a last line cut by a kill is left out, and what is over EVENTS_BYTES except results."""
+def read_events(file: IO[bytes]) -> list[dict[str, Any]]:
+    """The whole lines of an events file; a last line cut by a kill is left out, lines over EVENTS_BYTES, and of what is behind
+    that many all except results."""
     events: list[dict[str, Any]] = []
     size = 0
-    for line in written.split(b"\n")[:-1]:
-        size += len(line) + 1
+    file.seek(0)
+    for line in iter(lambda: file.readline(EVENTS_BYTES + 1), b""):
+        size += len(line)
         try:
+            if not line.endswith(b"\n"):
+                continue
             event = json.loads(line)
         except (ValueError, RecursionError):
             continue  # not ours: the file is the agent's to write to
@@ -225,7 +234,7 @@ def read_events(written: bytes) -> list[dict[str, Any]]:
 
 def last_line(stdout: str) -> Any:
     """What a command gives back: the last line that is not empty, as JSON where it is JSON; None without one."""
-    lines = [line.strip() for line in stdout.splitlines() if line.strip()]
+    lines = [line.strip() for line in stdout.split("\n") if line.strip()]  # not splitlines(): JSON may hold U+2028
     if not lines:
         return None
     try:

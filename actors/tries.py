@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from email.utils import parsedate_to_datetime
@@ -24,7 +25,7 @@ class Unanswered(Exception):
 def check_answered(response: httpx.Response) -> None:
     """Raises Unanswered for a reply, read already, that says no more than to come again: the endpoint is busy, or broken."""
     status = response.status_code
-    if status in (408, 429) or status >= 500:
+    if status in (408, 425, 429) or status >= 500:
         raise Unanswered(f"HTTP {status}: {response.text[:SHOWN]}", _retry_after(response.headers))
 
 
@@ -38,10 +39,10 @@ def _retry_after(headers: httpx.Headers) -> float:
     """How many seconds the endpoint asks to wait; 0 where it does not say."""
     told = headers.get("retry-after", "")
     try:
-        return max(0.0, float(told))
+        seconds = float(told)
     except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(told).timestamp() - time.time())
-    except ValueError:
-        return 0.0
+        try:
+            seconds = parsedate_to_datetime(told).timestamp() - time.time()
+        except (ValueError, OverflowError):
+            return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0

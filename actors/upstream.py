@@ -30,15 +30,22 @@ from raygent.records import Call
 
 logger = logging.getLogger("raygent.engine")
 BUDGET_POLL_S = 0.05
+MOST_TOKENS = 1e9  # of a call: what tells of more is mistaken
 PASSED_ON = ("anthropic-version", "anthropic-beta", "openai-beta", "accept")  # of the request's headers
 PASSED_BACK = ("content-type", "x-request-id", "request-id")
-MISTAKES = (401, 403, 404)  # the config's, not the agent's: key, base_url, model
+MISTAKES = (401, 402, 403, 404, 405)  # the config's, not the agent's: key, account, base_url, model
 NO_ENTRY = (401, 403)
 EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 LAST = ("response.completed", "response.incomplete", "response.failed", "message_stop", "error")  # types of last events
 # In an error's type, code and status: what the agent asked for is at fault, unless it's the config or the vendor all the same.
 AGENTS_DOING = re.compile(
     r"invalid_(request|prompt|argument)|bad_?request|unprocessable|context_length|too_large|content_|policy|image",
+    re.IGNORECASE,
+)
+# In the beginning of a 4xx of whatever status: the account or the key is at fault, not the request.
+ACCOUNT = re.compile(
+    r"credit balance|insufficient[ _](balance|funds|quota|credits)|exceeded your current quota|(invalid|incorrect)[ _]api[ _]?key"
+    r"|api[ _]?key not valid",
     re.IGNORECASE,
 )
 NOT_AGENTS = re.compile(r"api_key|model_not_found|rate_limit|quota|billing|server|overloaded", re.IGNORECASE)
@@ -64,7 +71,7 @@ class Reply:
             if not isinstance(place, dict):
                 continue
             if isinstance(usage := place.get("usage"), dict):
-                self.usage |= {name: count for name, count in usage.items() if isinstance(count, int | float)}
+                self.usage |= {name: count for name, count in usage.items() if _is_count(count)}
             choices = place.get("choices")
             ends = [choice.get("finish_reason") for choice in choices or [] if isinstance(choice, dict)]
             for end in (*ends, place.get("stop_reason")):
@@ -213,16 +220,18 @@ class UpstreamProxy:
                 raise Unanswered(f"{type(error).__name__}: {error}") from error
             check_answered(response)
             status = response.status_code
-            if status in MISTAKES or 300 <= status < 400:
+            account = 400 <= status < 500 and ACCOUNT.search(response.text[:SHOWN])
+            if status in MISTAKES or 300 <= status < 400 or account:
                 raise Unanswered(f"HTTP {status} from {url}: {response.text[:SHOWN]}", float("inf"), status)
-            reply.waits_for = ""
+            if response.is_success and not stream:
+                _check_reply(response)
             kept = [
                 (name.encode(), response.headers[name].encode()) for name in PASSED_BACK if name in response.headers
             ]
             start = {"type": "http.response.start", "status": status, "headers": kept}
             if stream:
-                await send(start)
-                return await self._pass_on(response, strip_usage, send, reply, refuse.anthropic)
+                return await self._pass_on(response, start, strip_usage, send, reply, refuse.anthropic)
+            reply.waits_for = ""
             reply.pieces.append(response.content)
             reply.finish_reason = "stop" if status < 400 else "error"
             reply.read(_json(response.content))
@@ -235,12 +244,22 @@ class UpstreamProxy:
             await send({"type": "http.response.body", "body": response.content})
 
     async def _pass_on(
-        self, response: httpx.Response, strip_usage: bool, send: Callable, reply: Reply, anthropic: bool
+        self,
+        response: httpx.Response,
+        start: dict[str, Any],
+        strip_usage: bool,
+        send: Callable,
+        reply: Reply,
+        anthropic: bool,
     ) -> None:
-        """The events of a stream as they come, the last one after the call is recorded. An error is the last."""
+        """The events of a stream as they come, the last one after the call is recorded. An error is the last. Raises Unanswered
+        where it ends before the first."""
         state, last, broken, theirs = reply.context.state, b"", "", False
         try:
-            async for event in _events(response):
+            async for event in _in_time(_events(response), self.settings.timeout_s):
+                if not reply.pieces:
+                    reply.waits_for = ""
+                    await send(start)
                 reply.pieces.append(event)
                 told = _told(event)
                 reply.read(told)
@@ -252,10 +271,15 @@ class UpstreamProxy:
                 if strip_usage and isinstance(told, dict) and told.get("usage") and told.get("choices") == []:
                     continue
                 await send({"type": "http.response.body", "body": event, "more_body": True})
-            if reply.finish_reason == "abort":
+            if not last and reply.finish_reason == "abort":
+                broken = "the stream ended in the middle of its reply"
+            elif reply.finish_reason == "abort":
                 reply.finish_reason = "stop"
-        except (httpx.TransportError, httpx.DecodingError) as error:
+        except (httpx.TransportError, httpx.DecodingError, TimeoutError) as error:
             broken = f"the stream broke off: {type(error).__name__}: {error}"
+        if broken and not reply.pieces:
+            raise Unanswered(broken)
+        if broken and not last:
             last = _error_event(f"upstream.{self.name}: {broken}", anthropic)
         if broken:
             reply.finish_reason = "error"
@@ -348,14 +372,45 @@ async def _cancel_at_hang_up(receive: Callable, task: asyncio.Task[Any]) -> None
 
 async def _events(response: httpx.Response) -> AsyncIterator[bytes]:
     """The events of a stream, each with the blank line that ends it."""
-    rest = b""
+    rest, looked = b"", 0
     async for piece in response.aiter_bytes():
         rest += piece
-        while end := EVENT_END.search(rest):
+        while end := EVENT_END.search(rest, looked):
             yield rest[: end.end()]
-            rest = rest[end.end() :]
+            rest, looked = rest[end.end() :], 0
+        looked = max(0, len(rest) - 3)  # no end lies before that
     if rest:
         yield rest
+
+
+async def _in_time(events: AsyncIterator[bytes], limit_s: float) -> AsyncIterator[bytes]:
+    """Raises TimeoutError where for so long none comes that tells something: comments keep a connection, not a reply, alive."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + limit_s
+    while True:
+        try:
+            async with asyncio.timeout_at(deadline):
+                event = await anext(events)
+        except StopAsyncIteration:
+            return
+        except TimeoutError as error:
+            raise TimeoutError(f"no event for {limit_s:g} s") from error
+        if _told(event) is not None:
+            deadline = loop.time() + limit_s
+        yield event
+
+
+def _check_reply(response: httpx.Response) -> None:
+    """Raises Unanswered where a reply of 2xx is none: no object of JSON, or an error that is not the agent's doing."""
+    told = _json(response.content)
+    if not isinstance(told, dict):
+        raise Unanswered(f"HTTP {response.status_code} without a reply in JSON: {response.text[:SHOWN]}")
+    if told.get("error") and not _agents_doing(told):
+        raise Unanswered(f"HTTP {response.status_code} with an error: {response.text[:SHOWN]}")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MOST_TOKENS
 
 
 def _told(event: bytes) -> Any:

@@ -72,12 +72,15 @@ def build(calls: list[dict[str, Any]]) -> list[Trajectory]:
 
 
 def _extended(nodes: list[Node], prompt: np.ndarray) -> Node | None:
-    fitting = [
-        node
-        for node in nodes
-        if len(node.tokens) <= len(prompt) and np.array_equal(prompt[: len(node.tokens)], node.tokens)
-    ]
-    return max(fitting, key=lambda node: len(node.tokens), default=None)
+    """The longest of `nodes` whose tokens `prompt` begins with, of equal ones the first."""
+    longest: Node | None = None
+    for node in reversed(nodes):  # mostly it is the last, and the others are shorter
+        size = len(node.tokens)
+        if size > len(prompt) or (longest and size < len(longest.tokens)) or prompt[size - 1] != node.tokens[-1]:
+            continue
+        if np.array_equal(prompt[:size], node.tokens):
+            longest = node
+    return longest
 
 
 def paths(trajectory: Trajectory) -> list[list[tuple[Node, bool]]]:

@@ -58,14 +58,14 @@ def reward_fields(
     value: Any, name: str = "reward", agent: str = "", components: dict[str, Any] | None = None, call: Any = None
 ) -> dict[str, Any]:
     """A reward's own fields, of now. Raises TypeError or ValueError as emit_reward does."""
-    if call is not None and (isinstance(call, bool) or not isinstance(call, int) or not 0 <= call < 2**31):
+    if call is not None and (isinstance(call, bool) or not isinstance(call, numbers.Integral) or not 0 <= call < 2**31):
         raise ValueError(f"a reward's call is a number from 0 on, not {call!r}")
     return {
         "value": finite(value, "a reward"),
         "name": str(name),
         "agent": str(agent or ""),
         "components": {str(key): finite(part, f"the component {key!r}") for key, part in (components or {}).items()},
-        "call_sequence": -1 if call is None else call,
+        "call_sequence": -1 if call is None else int(call),
         "time": time.time(),
     }
 
@@ -74,7 +74,7 @@ class span:
     """Record what happens inside as one event: `with span(...) as attributes`, a dict that takes more of them. Also a decorator
     of a function, sync or async, each call of which is an event. Raises TypeError for a generator."""
 
-    def __init__(self, name: str, kind: str = "note", **attributes: Any) -> None:
+    def __init__(self, name: str, /, kind: str = "note", **attributes: Any) -> None:
         self.of = (name, kind, attributes)
 
     def __enter__(self) -> dict[str, Any]:
@@ -132,17 +132,22 @@ def _within(context: Callable[[], AbstractContextManager[Any]], function: Any, d
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise TypeError(f"@{decorator}: {function.__qualname__} is a generator; mark the function that goes through it")
 
-    @functools.wraps(function)
+    async def finish(result: Awaitable[Any]) -> Any:
+        with context():
+            return await result
+
     def call(*positional: Any, **named: Any) -> Any:
         with context():
-            return function(*positional, **named)
+            result = function(*positional, **named)
+        return finish(result) if inspect.isawaitable(result) else result
 
-    @functools.wraps(function)
     async def call_async(*positional: Any, **named: Any) -> Any:
         with context():
             return await function(*positional, **named)
 
-    return call_async if inspect.iscoroutinefunction(function) else call
+    of_class = getattr(type(function), "__call__", None)  # noqa: B004 - of an object that is called
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(of_class)
+    return functools.update_wrapper(call_async if is_async else call, function)
 
 
 def headers() -> dict[str, str]:
@@ -199,9 +204,12 @@ def append_event(path: str, event: dict[str, Any]) -> None:
     """One JSON line with one write(), so that lines of several processes do not mix."""
     try:
         line = json.dumps(event, default=str)
-    except (TypeError, ValueError, RecursionError) as error:  # a span's attributes: all else is known to be JSON
+    except Exception as error:  # noqa: BLE001 - a span's attributes, whose __str__ may raise anything; all else is JSON
         line = json.dumps(event | {"attributes": {"not_json": f"{type(error).__name__}: {error}"}})
-    file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
+    except FileNotFoundError:  # the agent has cleaned up
+        return
     try:
         os.write(file, line.encode() + b"\n")
     finally:

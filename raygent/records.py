@@ -307,7 +307,7 @@ def to_json(value: Any) -> str:
     """`value` as JSON; what is no JSON as its text, and `{"not_json": why}` for all of it where that cannot be."""
     try:
         return utf8(json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str))
-    except (TypeError, ValueError, RecursionError) as error:
+    except Exception as error:  # noqa: BLE001 - the __str__ of a user's object may raise anything
         return json.dumps({"not_json": f"{type(error).__name__}: {error}"})
 
 

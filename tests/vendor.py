@@ -43,7 +43,7 @@ CHAT_STREAM = sse(delta("well "), delta("said", "stop"), chunk([], usage=USAGE),
 
 class Vendor:
     """`answers` are given one after the other, the last of them from then on: (status, body, headers), or a function of the
-    request's body that returns such. A body that is a list is a stream: bytes, seconds to wait, an Event to wait for, or
+    request's body that returns such. A body of bytes is sent as it is; one that is a list is a stream: bytes, seconds to wait, an Event to wait for, or
     None: the connection breaks."""
 
     def __init__(self) -> None:
@@ -88,7 +88,7 @@ def serving() -> Iterator[Vendor]:
             stream = isinstance(told, list)
             self.send_response(status)
             kind = "text/event-stream; charset=utf-8" if stream else "application/json"
-            data = b"" if stream else json.dumps(told).encode()
+            data = b"" if stream else told if isinstance(told, bytes) else json.dumps(told).encode()
             length = {"content-length": "1000000" if None in told else ""} if stream else {"content-length": len(data)}
             for name, value in ({"content-type": kind} | length | more).items():
                 if value != "":

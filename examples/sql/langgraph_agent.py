@@ -20,7 +20,7 @@ from langgraph.graph import END, START, StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.graph.state import CompiledStateGraph
 
-CHECK = SystemMessage("Check the query and give it back.")
+CHECK = SystemMessage("Check the query. Say OK, or write a better one.")
 
 
 class State(TypedDict):
@@ -38,7 +38,7 @@ def build(writer: ChatOpenAI, checker: ChatOpenAI, rewriter: ChatOpenAI) -> Comp
 
     async def check(state: State) -> dict[str, Any]:
         reply = await checker.ainvoke([CHECK, state["messages"][0], HumanMessage(state["sql"])])
-        return {"sql": query_in(reply.text)}
+        return {"sql": query_in(reply.text)} if "SELECT" in reply.text.upper() else {}
 
     async def execute(state: State) -> dict[str, Any]:
         complaint = await asyncio.to_thread(try_query, state["database"], state["sql"])

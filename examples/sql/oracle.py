@@ -78,7 +78,7 @@ def decide(private: Row, messages: list[Row], tools: list[str]) -> Row:
         if name.startswith("transfer_to_"):
             return call(name)
     if last["content"].startswith("SELECT"):  # another agent's query, to be run or checked
-        return call("run_sql", sql=last["content"]) if tools else text(last["content"])
+        return call("run_sql", sql=last["content"]) if tools else text("OK")
     if not tools:
         return text(private["sql"] if said else private["guess"])
     if last["role"] != "tool":

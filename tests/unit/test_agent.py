@@ -26,6 +26,7 @@ from raygent.callables import (
     GRADER_OFFERS,
     ModelEndpoint,
     arguments,
+    awaited,
     is_async,
     load_callable,
     plain,
@@ -164,12 +165,24 @@ def test_what_a_process_emits_is_read_back_whatever_it_is(tmp_path, monkeypatch)
     file = tmp_path / "events.jsonl"
     file.touch()
     monkeypatch.setenv(EVENTS_FILE, str(file))
-    for told in ("half \ud800", 10**5000, DEEP):
+
+    class Untold:
+        def __str__(self):
+            raise LookupError("no words")
+
+    for told in ("half \ud800", 10**5000, DEEP, Untold()):
         with raygent.span("told", what=told):
             pass
-    first, *others = [event["attributes"] for event in read_events(file.read_bytes())]
+    first, *others = [event["attributes"] for event in read_events(file.open("rb"))]
     assert first == {"what": "half \ud800"}
-    assert [other["not_json"].partition(":")[0] for other in others] == ["ValueError", "RecursionError"]
+    assert [other["not_json"].partition(":")[0] for other in others] == ["ValueError", "RecursionError", "LookupError"]
+    recorder = Recorder("rollout", 1, "worker")
+    recorder.note("told", what=Untold())
+    assert "LookupError" in recorder.spans[0].attributes
+    with raygent.span("named", name="x"):
+        pass
+    file.unlink()
+    raygent.emit_reward(1.0)  # lost, and the agent goes on
 
 
 def test_emitted_records_of_tasks_threads_and_decorators():
@@ -194,6 +207,12 @@ def test_emitted_records_of_tasks_threads_and_decorators():
     asyncio.run(agent())
     assert [reward.value for reward in recorder.rewards] == [0.25, 0.75, 9.0, 5.0]
     assert [reward.source_sequence for reward in recorder.rewards] == [0, 1, 2, 3]
+    late = {"value": 7.0, "name": "reward", "agent": "", "components": {}, "time": recorder.rewards[0].time - 1}
+    recorder("rewards", late)  # by HTTP, before the others
+    recorder.order_rewards()
+    assert [reward.value for reward in recorder.rewards] == [7.0, 0.25, 0.75, 9.0, 5.0]
+    assert [reward.source_sequence for reward in recorder.rewards] == [0, 1, 2, 3, 4]
+    recorder.rewards = recorder.rewards[1:]
     assert json.loads(recorder.rewards[0].components) == {"rows": 1.0}
     assert recorder.emitted() == 0.75
     assert recorder.spans[0].kind == "tool" and "gone" in json.loads(recorder.spans[0].attributes)["error"]
@@ -218,6 +237,16 @@ def test_a_decorated_coroutine_is_an_event_from_its_call_to_its_end():
     assert inspect.iscoroutinefunction(slow)
     for span, seconds in zip(recorder.spans, (0.1, 0.2), strict=True):
         assert span.finished - span.started >= seconds and "gone" in json.loads(span.attributes)["error"]
+
+    class Tool:
+        async def __call__(self):
+            return raygent.headers()
+
+    tagged = {"x-raygent-agent": "a"}
+    sink_token = sink.set(recorder)
+    for called in (raygent.agent("a")(Tool()), raygent.agent("a")(lambda: Tool()())):
+        assert asyncio.run(awaited(called())) == tagged
+    sink.reset(sink_token)
     with pytest.raises(TypeError, match=r"@span: .*steps is a generator"):
 
         @raygent.span("steps")

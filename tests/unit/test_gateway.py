@@ -245,6 +245,42 @@ async def test_an_agent_that_is_not_trained_acts_as_in_production():
     assert [request["tools"][0]["strict"] for request in app.requests] == [False, True]
 
 
+@pytest.mark.parametrize("method", ["PUT", "DELETE", "GET", "HEAD"])
+async def test_a_call_is_a_post(method):
+    app = App()
+    assert (await call(gate(app), f"/a/{key_for()}/v1/chat/completions", method=method))[0] == 405
+    assert not app.scopes
+
+
+@pytest.mark.parametrize("name", ["%20", "%00", "a%0Ab"])
+async def test_an_agents_name_can_be_printed(name):
+    assert (await call(gate(App()), f"/a/{key_for()}/agent/{name}/v1/chat/completions"))[0] == 400
+
+
+async def test_an_agents_name_in_a_header_is_utf8():
+    app = App()
+    await call(
+        gate(app), f"/a/{key_for()}/v1/chat/completions", headers={"x-raygent-agent": "schön".encode().decode("latin1")}
+    )
+    assert app.contexts[0].agent == "schön"
+
+
+async def test_a_body_that_never_ends_ends_with_its_attempt():
+    door, asked = gate(App()), asyncio.Event()
+
+    async def receive():
+        asked.set()
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "method": "POST", "path": f"/a/{key_for()}/v1/chat/completions", "headers": []}
+    task = asyncio.create_task(door(scope, receive, None))
+    await asked.wait()
+    state = door.end_attempt("r", 1)
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not state.tasks
+
+
 async def test_a_body_too_large_is_refused(monkeypatch):
     monkeypatch.setattr(gateway, "MAX_BODY_BYTES", 10)
     assert (await call(gate(App()), f"/a/{key_for()}/v1/messages", b"x" * 11))[0] == 413

@@ -1,6 +1,7 @@
 """Agents as processes: what they find, what they give back, and that nothing of them is left."""
 
 import asyncio
+import io
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ import ray
 
 from raygent.actors.agent_runner import AgentRunner, Recorder
 from raygent.actors.outcomes import outcome_of
-from raygent.actors.subprocess_agent import TASK_BYTES, last_line, read_events, scrubbed_environment
+from raygent.actors.subprocess_agent import TASK_BYTES, Tail, last_line, read_events, scrubbed_environment
 from raygent.callables import ModelEndpoint
 from raygent.config import Config
 from raygent.jobs.dry_run import _check_command
@@ -101,6 +102,7 @@ def test_what_a_command_gives_back(tmp_path):
     assert last_line('a\n{"reward": 1}\n') == {"reward": 1}
     assert last_line("SELECT 1\n") == "SELECT 1"
     assert last_line(" \n") is None
+    assert last_line('{"answer": "a\u2028b\x85c"}\r\n') == {"answer": "a\u2028b\x85c"}
     assert last_line("[" * 3000) == "[" * 3000
     ended, _ = shell(tmp_path, "echo trace >&2; exit 3")
     assert ended.how == "raised" and ended.error == "trace\nthe agent's process ended with exit code 3"
@@ -288,13 +290,30 @@ def test_a_python_agent_in_a_process_of_its_own(tmp_path, monkeypatch):
 
 def test_an_events_file_is_the_agents_to_write_what_it_likes():
     good = b'{"table": "rewards", "value": 1}'
-    assert read_events(
-        b"[" * 3000 + b"\n" + good + b'\n[1]\n\xff\xfe\n{"table": "seal"}\n{"table": "rewards", "va'
-    ) == [json.loads(good)]
+    written = b"[" * 3000 + b"\n" + good + b'\n[1]\n\xff\xfe\n{"table": "seal"}\n{"table": "rewards", "va'
+    assert read_events(io.BytesIO(written)) == [json.loads(good)]
+
+
+@pytest.mark.parametrize(
+    "does", ["rm $E", "rm $E; mkdir $E", "rm $E; mkfifo $E", "rm $E; ln -s /dev/zero $E", "rm -r $(dirname $E)"]
+)
+def test_an_events_file_may_be_done_away_with(tmp_path, does):
+    script = f"""E=$RAYGENT_EVENTS; echo '{{"table": "spans"}}' >> $E; {does}; echo 0.5"""
+    ended, _ = shell(tmp_path, script, timeout_s=10.0)
+    assert (ended.how, ended.value) == ("returned", 0.5)
+
+
+def test_an_output_that_something_holds_open_is_not_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr("raygent.actors.subprocess_agent.REST_S", 0.5)
+    reader, writer = os.pipe()
+    tail = Tail(os.fdopen(reader, "rb"))
+    os.write(writer, b"said")
+    assert tail.text() == "said"
+    os.close(writer)
 
 
 def test_events_beyond_the_limit_are_left_out_the_result_is_not(monkeypatch):
     lines = [json.dumps({"table": table, "value": 1}) for table in ["spans"] * 9 + ["result"]]
     monkeypatch.setattr("raygent.actors.subprocess_agent.EVENTS_BYTES", 3 * (len(lines[0]) + 1))
-    found = read_events(("\n".join(lines) + "\n").encode())
+    found = read_events(io.BytesIO(("\n".join(lines) + "\n").encode()))
     assert [event["table"] for event in found] == ["spans"] * 3 + ["result"]

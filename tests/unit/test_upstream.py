@@ -257,6 +257,71 @@ async def test_what_no_client_can_send_is_no_agents_doing(vendor):
     assert not door.state.failed
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, b"<html>busy</html>", {"content-type": "text/html"}),
+        (200, b"", {}),
+        (200, b'{"choices": [', {}),
+        (200, {"error": {"code": 502, "message": "the provider failed"}}, {}),
+        (425, {"error": {"message": "too early"}}, {}),
+        (200, [], {"content-type": "text/event-stream"}),
+        (429, {}, {"retry-after": "Sun, 31 Dec 99999999999 00:00:00 GMT"}),
+    ],
+)
+async def test_what_is_no_reply_is_asked_for_again(vendor, answer):
+    vendor.answers = [answer, (200, CHAT, {})]
+    door = Door(vendor)
+    status, pieces, _ = await door.call()
+    assert (status, json.loads(pieces[0])) == (200, CHAT) and len(vendor.requests) == 2
+    assert not door.state.failed and [row["finish_reason"] for row in door.rows] == ["stop"]
+
+
+@pytest.mark.parametrize("cut", [1, 2])
+async def test_a_stream_that_ends_in_the_middle_is_no_reply(vendor, cut):
+    """Without a finish reason; with one, some vendors leave out the [DONE]."""
+    vendor.answers = [(200, CHAT_STREAM[:cut], {"content-type": "text/event-stream"})]
+    door = Door(vendor)
+    status, pieces, _ = await door.call(stream=True)
+    assert status == 200 and door.rows[0]["finish_reason"] == ("error" if cut == 1 else "stop")
+    assert bool(door.state.upstream_failed) is (cut == 1) and (b"in the middle" in b"".join(pieces)) is (cut == 1)
+
+
+async def test_a_stream_that_is_only_kept_alive_breaks_off(vendor):
+    alive: list = [CHAT_STREAM[0], *[0.2, b": still here\n\n"] * 15]
+    vendor.answers = [(200, alive, {"content-type": "text/event-stream"})]
+    door = Door(vendor, timeout_s=1.0)
+    await door.call(stream=True)
+    assert "no event for 1 s" in door.state.upstream_failed
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        (402, {"error": {"message": "Insufficient Balance"}}),
+        (405, b"no"),
+        (
+            400,
+            {"error": {"type": "invalid_request_error", "message": "Your credit balance is too low to access the API"}},
+        ),
+        (400, b'[{"error": {"message": "API key not valid. Please pass a valid API key."}}]'),
+    ],
+)
+async def test_an_account_that_is_empty_is_no_agents_doing(vendor, status, told):
+    vendor.answers = [(status, told, {})]
+    door = Door(vendor)
+    assert (await door.call())[0] == 503
+    assert door.state.upstream_failed and door.proxy.mistake and len(vendor.requests) == 1
+
+
+@pytest.mark.parametrize("count", [float("nan"), -1e9, float("inf"), 10**400, True, "many"])
+async def test_an_odd_count_of_tokens_costs_nothing(vendor, count):
+    vendor.answers = [(200, CHAT | {"usage": {"prompt_tokens": count, "completion_tokens": 10}}, {})]
+    door = Door(vendor, **PRICES)
+    assert (await door.call())[0] == 200
+    assert door.proxy.cost == door.rows[0]["cost"] == pytest.approx(10 * PRICES["price_output"] / 1e6)
+
+
 async def test_a_vendor_that_asks_for_more_time_than_there_is(vendor):
     vendor.answers = [(429, BUSY, {"retry-after": "3600"})]
     began = time.monotonic()
