@@ -58,7 +58,8 @@ def reward_fields(
     value: Any, name: str = "reward", agent: str = "", components: dict[str, Any] | None = None, call: Any = None
 ) -> dict[str, Any]:
     """A reward's own fields, of now. Raises TypeError or ValueError as emit_reward does."""
-    if call is not None and (isinstance(call, bool) or not isinstance(call, numbers.Integral) or not 0 <= call < 2**31):
+    whole = not isinstance(call, bool) and isinstance(call, numbers.Integral)
+    if call is not None and not (whole and 0 <= int(call) < 2**31):
         raise ValueError(f"a reward's call is a number from 0 on, not {call!r}")
     return {
         "value": finite(value, "a reward"),
