@@ -163,7 +163,8 @@ def reader(
         return known[key]
 
     def parse(tokens: list[int]) -> Said | None:
-        text = tokenizer.decode(tokens, skip_special_tokens=False)
+        # A character that the limit cut in two is never told to the client
+        text = tokenizer.decode(tokens, skip_special_tokens=False).rstrip("\ufffd")
         if parser_class is None:
             return Said("", text.strip(), [], "", text)
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
