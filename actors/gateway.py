@@ -27,13 +27,16 @@ from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote
 
 from raygent.actors.continuation import Run, Said, tools_of
 from raygent.actors.otlp import MAX_BYTES, PROTOBUF, spans_of, unzipped
 from raygent.config import POLICY
 from raygent.emit import AGENT_HEADER, reward_fields
+
+if TYPE_CHECKING:  # it imports this module
+    from raygent.actors.upstream import UpstreamProxy
 
 logger = logging.getLogger("raygent.engine")
 
@@ -148,9 +151,8 @@ class AttemptState:
     rewards: list[dict[str, Any]] = field(default_factory=list)  # that the agent sent
     kept_bytes: Counter[str] = field(default_factory=Counter)  # of the requests that brought them, unzipped: by path
     runs: dict[str, list[Run]] = field(default_factory=dict)  # by agent, for exact continuation
-    read: dict[tuple[str, bytes], Said | None] = field(
-        default_factory=dict
-    )  # what replies said: see continuation.reader
+    # What replies said: see continuation.reader.
+    read: dict[tuple[str, bytes], Said | None] = field(default_factory=dict)
 
 
 class Running(Protocol):
@@ -176,21 +178,6 @@ class CallContext:
     over: bool = False  # answered, or hung up: nothing may be sampled any more
 
 
-class Upstream(Protocol):
-    """Where an agent's calls go instead of to the engine (upstream.UpstreamProxy)."""
-
-    async def answer(
-        self,
-        path: str,
-        request: dict[str, Any],
-        headers: dict[str, str],
-        receive: Callable,
-        send: Callable,
-        context: CallContext,
-        refuse: Refusal,
-    ) -> None: ...
-
-
 current_call: ContextVar[CallContext | None] = ContextVar("raygent_call", default=None)
 
 
@@ -201,7 +188,8 @@ class Gateway:
     Where a request asks for more than `max_tokens` tokens, it gets these. `checks`: by API, what raises where a request's
     body is none of that API. `upstream_of` tells the upstream that an agent of that name has for a model. `text_only`: the
     engine's model takes no images, sounds or files; a request with one is refused. With another model its call is recorded, but
-    not trained: the record has tokens alone. `forget` is told of each attempt whose keys are over. `trains`: whether the agent of that name is trained.
+    not trained: the record has tokens alone. `forget` is told of each attempt whose keys are over. `trains`: whether the agent of
+    that name is trained.
     """
 
     def __init__(
@@ -213,7 +201,7 @@ class Gateway:
         key_life_s: float = KEY_LIFE_S,
         max_tokens: int | None = None,
         checks: dict[str, Callable[[dict], object]] | None = None,
-        upstream_of: Callable[[str], Upstream | None] = lambda agent: None,
+        upstream_of: Callable[[str], UpstreamProxy | None] = lambda agent: None,
         text_only: bool = False,
         forget: Callable[[AttemptState], None] = lambda state: None,
         trains: Callable[[str], bool] = lambda agent: True,
@@ -289,7 +277,7 @@ class Gateway:
             return await refuse(
                 503, "overloaded_error", "this replica waits for the current weights", {"retry-after": "1"}
             )
-        if (body := await self._body(state, receive, refuse)) is None:
+        if (body := await _body(state, receive, refuse)) is None:
             return
         try:
             request = json.loads(body)
@@ -354,7 +342,7 @@ class Gateway:
         refuse: Refusal,
     ) -> None:
         """Take the traces or the reward in the request's body; they are handed over at the attempt's end."""
-        if (body := await self._body(state, receive, refuse)) is None:
+        if (body := await _body(state, receive, refuse)) is None:
             return
         content_type = headers.get("content-type", "").lower()
         encoding = headers.get("content-encoding", "").lower()
@@ -380,16 +368,6 @@ class Gateway:
         kind = PROTOBUF if protobuf else "application/json"
         await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", kind.encode())]})
         await send({"type": "http.response.body", "body": answer})
-
-    async def _body(self, state: AttemptState, receive: Callable, refuse: Refusal) -> bytes | None:
-        """As _body(), for no longer than the attempt goes on."""
-        task = asyncio.current_task()
-        assert task is not None
-        state.tasks.add(task)
-        try:
-            return await _body(receive, refuse)
-        finally:
-            state.tasks.discard(task)
 
     async def _serve(
         self, scope: dict, body: bytes, receive: Callable, send: Callable, context: CallContext, refuse: Refusal
@@ -595,17 +573,22 @@ def _traced(body: bytes, content_type: str, encoding: str) -> tuple[list[dict[st
     return spans_of(whole, content_type), len(whole)
 
 
-async def _body(receive: Callable, refuse: Refusal) -> bytes | None:
-    """The whole body; None where it is too large, which the client has been told."""
-    chunks, size = [], 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return b""
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        if size > MAX_BODY_BYTES:
-            await refuse(413, "request_too_large", f"a request has at most {MAX_BODY_BYTES >> 20} MiB")
-            return None
-        if not message.get("more_body"):
-            return b"".join(chunks)
+async def _body(state: AttemptState, receive: Callable, refuse: Refusal) -> bytes | None:
+    """The whole body, read for no longer than the attempt goes on; None where it is too large, which the client has been told."""
+    chunks, size, task = [], 0, asyncio.current_task()
+    assert task is not None
+    state.tasks.add(task)
+    try:
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return b""
+            chunks.append(message.get("body", b""))
+            size += len(chunks[-1])
+            if size > MAX_BODY_BYTES:
+                await refuse(413, "request_too_large", f"a request has at most {MAX_BODY_BYTES >> 20} MiB")
+                return None
+            if not message.get("more_body"):
+                return b"".join(chunks)
+    finally:
+        state.tasks.discard(task)

@@ -19,10 +19,8 @@ from raygent.config import Config, ConfigError, key_in
 from raygent.records import Sample
 
 PARALLEL = 32  # requests at once
-CHECK_S, DEADLINE_S = (
-    10.0,
-    600.0,
-)  # of a request with all its tries, before a run and in it, where the server may be restarted
+# Of a request with all its tries, before a run and in it, where the server may be restarted.
+CHECK_S, DEADLINE_S = 10.0, 600.0
 TRY_S, CONNECT_S = 300.0, 10.0  # of one try, and of its beginning
 SPREAD = 200  # tokens of the whole vocabulary that the check's text is made of
 TEXT = "Call get_user(id=42), then say: naïve, 数学, Ωμέγα 🙂\n\n\tdef f(x):\n        return x ** 2 - 1.5e-3  # why?\n"

@@ -110,9 +110,8 @@ class Grader(Section):
 
 class Data(Section):
     train: Text | list[Text] | None = None  # may be missing where rollouts or chats are given
-    weights: list[Annotated[float, Field(gt=0)]] | None = (
-        None  # of the files of train; None: the numbers of their tasks
-    )
+    # Of the files of train; None: the numbers of their tasks.
+    weights: list[Annotated[float, Field(gt=0)]] | None = None
     curriculum: bool = False  # tasks are drawn by the measured variance of their rewards
     eval: Text | None = None
     rollouts: Text | None = None  # the folder of a run whose rollouts are trained on, in place of the policy's own
