@@ -14,6 +14,7 @@ import uuid
 import ray
 import uvicorn
 from ray.exceptions import RayError
+from starlette.requests import Request
 
 from raygent.actors import gateway
 from raygent.actors.engine_handle import EngineUnavailable
@@ -52,7 +53,7 @@ class TinyEngine:
         task = asyncio.current_task()
         context.state.tasks.add(task)
         try:
-            text = json.loads(await gateway._body(receive, gateway.Refusal(send, False)))["messages"][-1]["content"]
+            text = (await Request(scope, receive).json())["messages"][-1]["content"]
             if text == "overflow":
                 return await answer(
                     send, 400, {"error": {"message": "This model's maximum context length is 8 tokens"}}

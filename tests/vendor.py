@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -59,10 +59,16 @@ class Vendor:
             answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         return answer(body) if callable(answer) else answer
 
-    def count(self, by: int) -> None:
+    @contextmanager
+    def counted(self) -> Iterator[None]:
         with self.lock:
-            self.at_once += by
+            self.at_once += 1
             self.most_at_once = max(self.most_at_once, self.at_once)
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.at_once -= 1
 
 
 @contextmanager
@@ -71,17 +77,17 @@ def serving() -> Iterator[Vendor]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            vendor.count(1)
-            try:
-                self.answer()
-            except (BrokenPipeError, ConnectionResetError):
-                pass
-            finally:
-                vendor.count(-1)
+            with suppress(BrokenPipeError, ConnectionResetError):
+                with vendor.counted():  # until the answer is out but for its last piece: then its client may ask again
+                    *most, last = self.begin() or [None]
+                    for piece in most:
+                        self.go_on(piece)
+                self.go_on(last)
 
         do_GET = do_POST
 
-        def answer(self) -> None:
+        def begin(self) -> list[Any]:
+            """Send the head; the pieces that come after it."""
             body = json.loads(self.rfile.read(int(self.headers.get("content-length", 0))) or "null")
             headers = {name.lower(): value for name, value in self.headers.items()}
             status, told, more = vendor.take(self.path, headers, body)
@@ -94,14 +100,16 @@ def serving() -> Iterator[Vendor]:
                 if value != "":
                     self.send_header(name, str(value))
             self.end_headers()
-            for piece in told if stream else [data]:
-                if isinstance(piece, threading.Event):
-                    piece.wait(20)
-                elif isinstance(piece, int | float):
-                    time.sleep(piece)
-                elif piece is not None:
-                    self.wfile.write(piece)
-                    self.wfile.flush()
+            return told if stream else [data]
+
+        def go_on(self, piece: Any) -> None:
+            if isinstance(piece, threading.Event):
+                piece.wait(20)
+            elif isinstance(piece, int | float):
+                time.sleep(piece)
+            elif piece is not None:
+                self.wfile.write(piece)
+                self.wfile.flush()
 
         def log_message(self, *_: Any) -> None:
             pass
