@@ -11,7 +11,7 @@ from ranks import Group, start_group
 
 @pytest.fixture(scope="session", params=[0, 2, 3], ids=["zero0", "zero2", "zero3"])
 def group(request: pytest.FixtureRequest, cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Group]:
-    group = start_group(tmp_path_factory.mktemp(f"zero{request.param}"), request.param)
+    group = start_group(tmp_path_factory.mktemp(f"zero{request.param}"), request.param, tie=request.param != 0)
     yield group
     group.learners.stop()
 

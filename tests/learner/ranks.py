@@ -44,9 +44,9 @@ class Group:
         return changed
 
 
-def start_group(folder: Path, stage: int, **learner: Any) -> Group:
-    """Two ranks on a tiny model, its head tied but under ZeRO-0, with a KL reference that is not the policy."""
-    model = make_tiny_model(folder / "model", tie=stage != 0)
+def start_group(folder: Path, stage: int, tie: bool, **learner: Any) -> Group:
+    """Two ranks on a tiny model, its head tied or not, with a KL reference that is not the policy."""
+    model = make_tiny_model(folder / "model", tie=tie)
     settings = config(
         run={"directory": str(folder / "runs"), "name": "test", "steps": 10},
         model={"path": str(model)},
