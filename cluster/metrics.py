@@ -27,6 +27,7 @@ SHOWN = {
     "loss": "loss {:+.4f}",
     "entropy": "entropy {:.3f}",
     "mismatch_mean": "mismatch {:.1e}",
+    "push_bytes": "{:,.0f} bytes pushed",
     "tokens_per_s": "{:.0f} tok/s",
     "seconds/step": "{:.1f} s",
 }

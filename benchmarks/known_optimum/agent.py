@@ -15,6 +15,7 @@ from openai import AsyncOpenAI
 from raygent import emit_reward
 
 LENGTH = 4  # tokens, and characters, of a reply
+CLIENT = AsyncOpenAI(base_url="http://given-by.each-attempt", api_key="so")  # its connections and certificates for all
 WANTED = {"lower": string.ascii_lowercase, "upper": string.ascii_uppercase, "digits": string.digits}
 
 
@@ -24,7 +25,7 @@ def share(text: str, kind: str) -> float:
 
 
 async def answer(task: dict[str, Any], model: Any) -> float:
-    client = AsyncOpenAI(base_url=model.base_url, api_key=model.api_key)
+    client = CLIENT.with_options(base_url=model.base_url, api_key=model.api_key)
 
     async def say(messages: list[Any]) -> str:
         reply = await client.chat.completions.create(
