@@ -30,13 +30,13 @@ def refill_tasks(
     config: Config, tasks: list[Task], step: int, refill: int, number: int, measured: Groups
 ) -> list[Task]:
     """`number` more tasks for step `step`, its `refill`-th from 1 (fewer where a file has not enough): by the same as above and
-    refill alone. The curriculum leaves out those that the step had at first, where there are others."""
+    refill alone. None of those that the step had at first, where there are others."""
     key, chosen = f"{config.run.seed}-{step}-{refill}", []
-    had = {task.id for task in step_tasks(config, tasks, step, measured)} if config.data.curriculum else set()
+    had = {task.id for task in step_tasks(config, tasks, step, measured)}
     counts = _shares(key, number, _weights(config, tasks))
     for place, (own, wanted) in enumerate(zip(_by_file(tasks), counts, strict=True)):
+        own = [task for task in own if task.id not in had] or own
         if config.data.curriculum:
-            own = [task for task in own if task.id not in had] or own
             chosen += _drawn(f"{key}-{place}", own, min(wanted, len(own)), measured)
         else:
             chosen += random.Random(_of_file(key, place)).sample(own, min(wanted, len(own)))

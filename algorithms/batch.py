@@ -23,6 +23,7 @@ PLAIN = ["rollout_id", "sequence", "agent", "temperature", "trainable", "own_tok
 REPEATED = 4  # tokens of a run that counts as repeated
 MOST_AGENTS = 50  # that the metrics tell of one by one
 Row = dict[str, Any]
+Baselines = dict[str, dict[str | None, float]]
 Measure = Callable[[str, list[Sample]], list[np.ndarray]]
 
 
@@ -33,7 +34,7 @@ class Entry:
     rollout: Row
     trajectory: Trajectory | None
     reward: float
-    turn_rewards: dict[int, float]  # by the call's sequence
+    turn_rewards: dict[int, float]  # by the sequence of the call, one that may be trained
     # Float32, of each of the nodes' tokens, in the order of the calls:
     measured: dict[str, np.ndarray] = field(default_factory=dict)  # "current", "reference", "values"
     advantages: np.ndarray | None = None  # None: it is left out, as where its group has no signal
@@ -69,19 +70,23 @@ class Draft:
 
 
 def make_samples(
-    tables: dict[str, pa.Table], config: Config, greedy: pa.Table | None = None, measure: Measure | None = None
+    tables: dict[str, pa.Table],
+    config: Config,
+    greedy: dict[str, pa.Table] | None = None,
+    measure: Measure | None = None,
 ) -> tuple[list[Sample], dict[str, float]]:
     """Trajectories, advantages once over the whole batch per (rollout, agent), then samples; with the batch's metrics.
 
-    tables: `rollouts`, `calls` and `rewards` of ended rollouts and their winning attempts. `greedy`: the rollouts of the
-    groups' greedy runs. `measure`: asked for each of `config.measures` what it is of samples, float32 [T] each. Every rollout
-    with an outcome takes part in its group's mean, also one whose agent failed; those lost to infrastructure do not. Where the
+    tables: `rollouts`, `calls` and `rewards` of ended rollouts and their winning attempts. `greedy`: those of the groups'
+    greedy runs. `measure`: asked for each of `config.measures` what it is of samples, float32 [T] each. Every rollout with an
+    outcome takes part in its group's mean, also one whose agent failed; those lost to infrastructure do not. Where the
     algorithm compares groups, one with fewer than `algorithm.min_group` of them is dropped and counted, and with
     `algorithm.drop_flat_groups` those without signal are left out of the loss, and counted.
     """
-    baselines = _baselines(greedy)
+    baselines = _baselines(greedy, config) if greedy else {}
     entries, sizes, small, seen = _entries(tables, config, baselines)
     rows = _compared(entries, config)
+    flat = sizes.keys() - small - _telling(entries, config)
     telling = {id(entry) for entry, _ in rows}
     drafts = [
         Draft(entry, trained_tokens(entry.trajectory), to_samples(entry.trajectory, entry.rollout["group_id"], 0.0))
@@ -99,12 +104,12 @@ def make_samples(
         draft.fill()
     samples = [sample for draft in kept for sample in draft.samples]
     weigh(samples, config)
-    with_signal = {entry.rollout["group_id"] for entry in entries if entry.advantages is not None}
+    used = {entry.rollout["group_id"] for entry in entries if entry.advantages is not None}
     valid = list({entry.rollout["rollout_id"]: entry.rollout for entry in entries}.values())
     return samples, _metrics(tables, valid, entries, samples, seen) | {
         "groups": float(len(sizes)),
         "groups_dropped": float(len(small)),
-        "groups_flat": float(len(sizes.keys() - small - with_signal)),
+        "groups_flat": float(len(flat | (sizes.keys() - small - used))),
     }
 
 
@@ -120,48 +125,74 @@ def _keep(what: str, drafts: list[Draft], measured: list[np.ndarray]) -> None:
 def lacking_groups(tables: dict[str, pa.Table], config: Config) -> int:
     """How many more groups with signal a step of `algorithm.tasks_per_step` wants."""
     entries, *_ = _entries(tables, config, {})
-    telling = {group for (group, _), members in _pools(entries).items() if _tells(members, config)}
-    return max(0, config.algorithm.tasks_per_step - len(telling))
+    return max(0, config.algorithm.tasks_per_step - len(_telling(entries, config)))
 
 
 def _entries(
-    tables: dict[str, pa.Table], config: Config, baselines: dict[str, float]
+    tables: dict[str, pa.Table], config: Config, baselines: Baselines
 ) -> tuple[list[Entry], Counter[str], set[str], list[Trajectory]]:
     """What trained agents did in the groups that are kept; the size of every group; those that are too small; and what all agents
     did in the others."""
-    rollouts = [row for row in tables["rollouts"].to_pylist() if row["status"] in ("succeeded", "failed")]
+    rollouts = _ended(tables)
     sizes = Counter(row["group_id"] for row in rollouts)
     least = config.algorithm.min_group if _compares_groups(config) else 1
     greedy = config.named_algorithm.needs_greedy
     small = {group for group, size in sizes.items() if size < least or (greedy and group not in baselines)}
+    entries, seen = _acted([row for row in rollouts if row["group_id"] not in small], tables, config)
+    return entries, sizes, small, seen
+
+
+def _ended(tables: dict[str, pa.Table]) -> list[Row]:
+    """The rollouts that have an outcome."""
+    return [row for row in tables["rollouts"].to_pylist() if row["status"] in ("succeeded", "failed")]
+
+
+def _acted(rollouts: list[Row], tables: dict[str, pa.Table], config: Config) -> tuple[list[Entry], list[Trajectory]]:
+    """What trained agents did in `rollouts` and got for it, and what all agents did."""
     calls = _calls(tables["calls"])
     of_agents, of_turns = _agent_rewards(tables["rewards"]), _turn_rewards(tables["rewards"], calls)
     entries: list[Entry] = []
     seen: list[Trajectory] = []
-    for row in (row for row in rollouts if row["group_id"] not in small):
-        name, succeeded = row["rollout_id"], row["status"] == "succeeded"
+    for row in rollouts:
+        name, succeeded, whole = row["rollout_id"], row["status"] == "succeeded", float(row["reward"])
         everyone = build(calls[name])
         seen += everyone
         acted = [item for item in everyone if config.trains(item.agent)]
         for item in acted:  # a failed rollout has grader.failed_reward, all of it
-            reward = of_agents.get((name, item.agent), row["reward"]) if succeeded else row["reward"]
-            entries.append(Entry(row, item, reward, of_turns.get(name, {}) if succeeded else {}))
+            reward = of_agents.get((name, item.agent), whole) if succeeded else whole
+            reward += overlong_penalty(sum(node.response_length for node in item.nodes), config.algorithm)
+            entries.append(Entry(row, item, reward, _on_trained(item, of_turns.get(name, {})) if succeeded else {}))
         if not acted:
-            entries.append(Entry(row, None, row["reward"], {}))
-    for entry in entries:
-        entry.reward += overlong_penalty(entry.length(), config.algorithm)
-    return entries, sizes, small, seen
+            entries.append(Entry(row, None, whole, {}))
+    return entries, seen
+
+
+def _on_trained(trajectory: Trajectory, rewards: dict[int, float]) -> dict[int, float]:
+    """The rewards of an agent's calls on those that may be trained: one of another call goes to the last of them before it, and to
+    none where there is none, for nothing that is trained had a part in it."""
+    found: dict[int, float] = {}
+    trained = [node.call["sequence"] for node in trajectory.trainable]
+    for node in trajectory.nodes:
+        sequence = node.call["sequence"]
+        before = [one for one in trained if one <= sequence]
+        if sequence in rewards and before:
+            found[before[-1]] = found.get(before[-1], 0.0) + rewards[sequence]
+    return found
 
 
 def _compared(entries: list[Entry], config: Config) -> list[tuple[Entry, str]]:
-    """Those that tell something, each with the name of what it is compared within."""
+    """Those that advantages are computed of, each with the name of what it is compared within. Where groups are compared these are
+    not those that nothing is to be compared with, nor, with `algorithm.drop_flat_groups`, those that tell nothing."""
     pools = _pools(entries)
     if _compares_groups(config):
-        pools = {name: members for name, members in pools.items() if _tells(members, config)}
+        every = not config.algorithm.drop_flat_groups
+        pools = {
+            name: members for name, members in pools.items() if (every and len(members) > 1) or _tells(members, config)
+        }
     return [(entry, f"{group}/{agent}") for (group, agent), members in pools.items() for entry in members]
 
 
-def _compare(rows: list[tuple[Entry, str]], baselines: dict[str, float], config: Config) -> None:
+def _compare(rows: list[tuple[Entry, str]], baselines: Baselines, config: Config) -> None:
     """Set the advantages, and what the critic has to learn. Those of a row that the algorithm leaves out, all nan, stay None."""
     algorithm, settings = config.named_algorithm, config.algorithm
     if not any(entry.length() for entry, _ in rows):
@@ -209,16 +240,20 @@ def _pools(entries: list[Entry]) -> dict[tuple[str, str], list[Entry]]:
     return pools
 
 
+def _telling(entries: list[Entry], config: Config) -> set[str]:
+    """The groups with signal: all, where rollouts are not compared with others of their group."""
+    every = not _compares_groups(config)
+    return {group for (group, _), members in _pools(entries).items() if every or _tells(members, config)}
+
+
 def _tells(members: list[Entry], config: Config) -> bool:
-    """Whether the members of a group got different rewards; with the KL in them that is not seen yet."""
-    if config.algorithm.kl and config.algorithm.kl_in == "reward":
-        return True
+    """Whether the members of a group got different rewards, the KL in them (`algorithm.kl_in`) aside."""
     if config.algorithm.credit == "turn":
         return len({(entry.reward, *sorted(entry.turn_rewards.items())) for entry in members}) > 1
     return len({entry.reward for entry in members}) > 1
 
 
-def to_episodes(rows: list[tuple[Entry, str]], baselines: dict[str, float], config: Config) -> Episodes:
+def to_episodes(rows: list[tuple[Entry, str]], baselines: Baselines, config: Config) -> Episodes:
     """The table of `rows`, each an entry and what it is compared within."""
     longest = max(1, *(entry.length() for entry, _ in rows))
     rewards, mask = np.full((len(rows), longest), np.nan), np.zeros((len(rows), longest), bool)
@@ -232,7 +267,7 @@ def to_episodes(rows: list[tuple[Entry, str]], baselines: dict[str, float], conf
                 rewards[row, end - 1] = entry.turn_rewards[node.call["sequence"]]
         last = max(end - 1, 0)
         rewards[row, last] = entry.reward + np.nan_to_num(rewards[row, last])
-    greedy = np.array([baselines.get(entry.rollout["group_id"], np.nan) for entry, _ in rows])
+    greedy = np.array([_baseline(entry, baselines) for entry, _ in rows])
     sampled = np.zeros(mask.shape, np.float32)
     measured = {what: np.zeros(mask.shape, np.float32) for what in config.measures}
     for row, (entry, _) in enumerate(rows):
@@ -292,14 +327,14 @@ def weigh(samples: list[Sample], config: Config) -> None:
     - "token": each token counts the same;
     - "constant": each token counts 1 / (R x `algorithm.horizon`), whatever the lengths.
 
-    The shares sum to 1 (with "constant" each policy's to the part of the rollouts that it acted in), and so do weight x masked
-    tokens but for "constant".
+    The shares of a policy sum to the part of the rollouts that it acted in (with "token" to its part of the tokens), by which the
+    learner divides: so a policy is weighed as though it were trained alone. But for "constant", so do weight x masked tokens.
     """
-    aggregation, tokens = config.algorithm.aggregation, Counter[tuple[str, str]]()
+    aggregation, tokens = config.algorithm.aggregation, Counter[tuple[str, str | None]]()
 
-    def whole_of(sample: Sample) -> tuple[str, str]:
-        """With "constant" a policy counts by the rollouts it acted in, however many tokens of them are its own."""
-        return sample.rollout_id, config.policy_of(sample.agent) if aggregation == "constant" else ""
+    def whole_of(sample: Sample) -> tuple[str, str | None]:
+        """What a policy did in a rollout."""
+        return sample.rollout_id, config.policy_of(sample.agent)
 
     for sample in samples:
         tokens[whole_of(sample)] += int(sample.loss_mask.sum())
@@ -354,10 +389,21 @@ def _turn_rewards(rewards: pa.Table, calls: dict[str, list[Row]]) -> dict[str, d
     return found
 
 
-def _baselines(greedy: pa.Table | None) -> dict[str, float]:
-    """By group, the reward of its greedy rollout."""
-    rows = greedy.to_pylist() if greedy is not None else []
-    return {row["group_id"]: row["reward"] for row in rows if row["status"] in ("succeeded", "failed")}
+def _baselines(greedy: dict[str, pa.Table], config: Config) -> Baselines:
+    """By group what each trained agent got in its greedy rollout, and, under None, the rollout's reward."""
+    rollouts = _ended(greedy)
+    found: Baselines = {row["group_id"]: {None: row["reward"]} for row in rollouts}
+    for entry in _acted(rollouts, greedy, config)[0]:
+        if entry.trajectory:
+            found[entry.rollout["group_id"]][entry.trajectory.agent] = entry.reward
+    return found
+
+
+def _baseline(entry: Entry, baselines: Baselines) -> float:
+    """What its agent got in the greedy rollout, else the rollout's reward there; nan where there is none."""
+    found = baselines.get(entry.rollout["group_id"], {})
+    agent = entry.trajectory.agent if entry.trajectory else None
+    return found.get(agent, found.get(None, np.nan))
 
 
 def _metrics(

@@ -2,7 +2,7 @@
 
 Loss -log sigmoid(beta x margin), margin = log(p/p_ref)(best) - log(p/p_ref)(worst), each of a whole rollout; the reference is the
 first weights. Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7. With several agents each has its pairs, of its own
-tokens, and their losses are added. The gradient is that of the tokens' log-probabilities times +-beta x sigmoid(-beta x margin),
+tokens, and with R rollouts in pairs each pair counts 2 / R, so with one agent the loss is the mean over pairs. The gradient is that of the tokens' log-probabilities times +-beta x sigmoid(-beta x margin),
 which stand here as advantages: exact where one optimiser step follows the measurement, hence `mini_batches = 1`.
 """
 

@@ -1,5 +1,5 @@
 """OPO: the baseline that makes the gradient's variance least, where its norm grows with length: the group's mean reward, weighed
-by the number of tokens. Exactly on policy, so leave `mini_batches` at 1. Hao et al. 2025, https://arxiv.org/abs/2505.23585.
+by the number of tokens. Exactly on policy. Hao et al. 2025, https://arxiv.org/abs/2505.23585.
 """
 
 from __future__ import annotations
@@ -13,3 +13,11 @@ from raygent.config import Algorithm
 
 def advantages(episodes: Episodes, settings: Algorithm) -> np.ndarray:
     return estimate("opo", episodes, settings)
+
+
+def check(settings: Algorithm) -> None:
+    for key, right in (("mini_batches", 1), ("staleness", 0)):
+        if getattr(settings, key) != right:
+            raise ValueError(
+                f"algorithm.{key}: the baseline of opo is the best exactly on policy alone; leave {key} out, or use grpo"
+            )

@@ -1,4 +1,4 @@
-"""RLOO: the baseline of a rollout is the mean reward of the others of its task, which leaves the gradient unbiased.
+"""RLOO: the baseline of a rollout is the mean reward of the others of its task, in which it has no part itself.
 
 Advantage r - mean of the others; Ahmadian et al. 2024, https://arxiv.org/abs/2402.14740.
 """

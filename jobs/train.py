@@ -76,7 +76,7 @@ def sampled(parts: Parts, tasks: list[Task]) -> tuple[list[Sample], dict[str, fl
             if lacking := lacking_groups(tables, config):
                 parts.ask(refill_rollouts(config, tasks, step, parts.version, refill, lacking, parts.measured(step)))
                 tables = parts.collect(step, "train")
-        greedy = parts.collect(step, "greedy")["rollouts"] if config.named_algorithm.needs_greedy else None
+        greedy = parts.collect(step, "greedy") if config.named_algorithm.needs_greedy else None
     with parts.clock("samples"):
         tables, stale = drop_stale(tables, parts.oldest_version())
         samples, metrics = make_samples(tables, config, greedy, parts.measure)

@@ -172,7 +172,6 @@ ADVANTAGES = {
     "rloo": True,
     "rloo_vectorized": True,
     "opo": True,
-    "gpg": True,
     "reinforce_plus_plus_baseline": True,
     "reinforce_plus_plus": False,
 }
@@ -180,6 +179,7 @@ ADVANTAGES = {
 NO_ADVANTAGES = {
     "gae": 'it needs a critic; write algorithm.name = "ppo"',
     "remax": 'it needs greedy rollouts; write algorithm.name = "remax"',
+    "gpg": 'it corrects once more for groups without signal; write algorithm.name = "gpg"',
     "gdpo": "it needs rewards of several kinds by name",
     "optimal_token_baseline": "it needs the sum over the vocabulary of squared probabilities, which nobody records",
     "tir_optimal_token_baseline": "it needs the sum over the vocabulary of squared probabilities, which nobody records",
@@ -221,7 +221,7 @@ class Algorithm(Section):
     mini_batches: int = Field(1, ge=1)  # optimiser steps a batch
     kl: float = Field(0.0, ge=0)  # weight of the KL to the reference (the first weights)
     kl_in: Literal["loss", "reward"] = "loss"
-    kl_kind: Literal["k1", "k2", "k3"] = "k3"
+    kl_kind: Literal["k1", "k2", "k3"] = "k3"  # in the reward: "k1"
     entropy: float = Field(0.0, ge=0)  # weight of the entropy bonus
     threshold: float | None = None  # of sft: the reward a winner has at least; None: the best of its task's rollouts
     beta: float = Field(0.1, gt=0)  # of dpo
@@ -234,6 +234,11 @@ class Algorithm(Section):
     edits: int = Field(4, ge=1)  # new candidates a step: of apo for each of the beam, of bootstrap_fewshot in all
     demonstrations: int = Field(4, ge=1)  # of bootstrap_fewshot, in a prompt at most
     max_rollouts: int = Field(0, ge=0)  # of training tasks, after which no step begins; 0: no limit
+
+    @model_validator(mode="before")
+    @classmethod
+    def kl_has_its_kind(cls, tree: Any) -> Any:
+        return {"kl_kind": "k1"} | tree if isinstance(tree, dict) and tree.get("kl_in") == "reward" else tree
 
     @property
     def teacher_url(self) -> str | None:
@@ -270,6 +275,11 @@ class Algorithm(Section):
             )
         if self.kl_kind == "k1" and self.kl and self.kl_in == "loss":
             raise ValueError('algorithm.kl_kind: k1 has no gradient of use in a loss; use "k3", or kl_in = "reward"')
+        if self.kl_kind in ("k2", "k3") and self.kl and self.kl_in == "reward":
+            raise ValueError(
+                f"algorithm.kl_kind: {self.kl_kind} in the reward has not the KL's gradient (near the reference it points away "
+                'from it); use "k1", or kl_in = "loss"'
+            )
         if self.tasks_per_step * self.group_size % self.mini_batches:
             raise ValueError(
                 f"algorithm.mini_batches: {self.tasks_per_step} tasks x {self.group_size} rollouts do not divide into "
@@ -542,6 +552,11 @@ class Config(Section):
             )
         if self.recorded and settings.refills:
             raise ValueError("algorithm.refills: recorded rollouts cannot be replaced by others; leave refills out")
+        if settings.loss == "gpg" and not named.off_policy and (settings.mini_batches > 1 or settings.staleness):
+            key = "mini_batches" if settings.mini_batches > 1 else "staleness"
+            raise ValueError(
+                f"algorithm.{key}: the loss gpg has no ratio to correct for tokens that other weights sampled; leave {key} out"
+            )
         if settings.advantage is not None and settings.advantage not in ADVANTAGES:
             why = NO_ADVANTAGES.get(settings.advantage, "verl 0.9.1 has none of that name")
             raise ValueError(

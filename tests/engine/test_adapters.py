@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from raygent.actors.engine_handle import EngineFailed
 from raygent.actors.learner import Checkpoint, LearnerGroup
-from raygent.algorithms.batch import make_samples
+from raygent.algorithms.batch import make_samples, weigh
 from raygent.cluster.parts import NAMESPACE
 from raygent.cluster.serve_app import delete_app, start_app
 from raygent.config import Config
@@ -164,7 +165,9 @@ def test_a_policy_has_the_gradient_it_would_have_alone(settings, store, engine, 
         learners.start(None)
     together = gradients(learners, samples)
     for policy, agent in (("w", "writer"), ("r", "rewriter")):
-        alone = gradients(learners, [one for one in samples if one.agent == agent])[policy]
+        mine = [replace(one) for one in samples if one.agent == agent]
+        weigh(mine, both)
+        alone = gradients(learners, mine)[policy]
         assert max(float(np.abs(tensor).max()) for tensor in alone.values()) > 1e-4
         for key, tensor in alone.items():
             np.testing.assert_allclose(together[policy][key], tensor, atol=1e-6)

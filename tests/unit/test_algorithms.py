@@ -19,7 +19,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 from raygent.algorithms.batch import lacking_groups, make_samples
 from raygent.algorithms.named import NAMES, algorithm
 from raygent.config import ADVANTAGES, NO_ADVANTAGES
-from raygent.records import SCHEMAS, Call, Sample, to_batch
+from raygent.records import Call, Sample
 
 Array = np.ndarray
 GREEDY = 0.25  # the reward of each group's greedy rollout
@@ -73,9 +73,8 @@ def batch(seed: int, groups: int = 3, size: int = 4) -> tuple[dict[str, pa.Table
     return tables(rollouts, calls), told
 
 
-def greedy_of(told: dict[str, Any]) -> pa.Table:
-    rows = [rollout(f"{group}-greedy", group, GREEDY) for group in told]
-    return pa.Table.from_batches([to_batch(SCHEMAS["rollouts"], rows)])
+def greedy_of(told: dict[str, Any]) -> dict[str, pa.Table]:
+    return tables([rollout(f"{group}-greedy", group, GREEDY) for group in told], [])
 
 
 OWN_KEYS: dict[str, dict[str, Any]] = {"dr_grpo": {"horizon": 64}, "distill": {"teacher": "other", "group_size": 2}}
@@ -270,33 +269,43 @@ def test_weights_by_aggregation(aggregation: str, seed: int) -> None:
             assert sample.share == pytest.approx(sample.weight * sample.loss_mask.sum())
 
 
-def test_with_constant_a_policy_counts_as_though_it_were_trained_alone() -> None:
-    """What the learner makes of weight and share: each policy's weights by the rollouts that it acted in."""
-    rollouts = [rollout(name, "g", float(name == "a")) for name in "ab"]
-    calls = [call(name, 0, [1], [5] * 9, agent="long") for name in "ab"]
-    calls += [call(name, 1, [2], [6], first=9, agent="short") for name in "ab"]
+@pytest.mark.parametrize("aggregation", ["rollout", "token", "constant"])
+def test_a_policy_counts_as_though_it_were_trained_alone(aggregation: str) -> None:
+    """What the learner makes of weight and share, whatever other policies did in the same rollouts, and in others."""
+    rollouts = [rollout(name, "g", float(name == "a")) for name in "abc"]
+    calls = [call(name, 0, [1], [5] * length, agent="long") for name, length in {"a": 9, "b": 1}.items()]
+    calls += [call(name, 1, [2], [6] * 3, first=9, agent="short") for name in "abc"]
     policies = {"long": ["long"], "short": ["short"]}
     asked = config(
-        algorithm={"name": "dr_grpo", "horizon": 10},
+        algorithm={"name": "grpo", "aggregation": aggregation, "horizon": 10},
         agent={"run": "agent:run", "policies": policies},
         learner={"lora": {"rank": 4}},
     )
-    samples, _ = make_samples(tables(rollouts, calls), asked)
-    for agent in policies:
+
+    def weights(agent: str, calls: list[Any]) -> list[float]:
+        samples, _ = make_samples(tables(rollouts, calls), asked)
         mine = [sample for sample in samples if sample.agent == agent]
         total = sum(sample.share for sample in mine)
-        assert [sample.weight / total for sample in mine] == pytest.approx([1 / 2 / 10] * 2)
+        return [sample.weight / total for sample in mine]
+
+    for agent in policies:
+        alone = weights(agent, [one for one in calls if one.agent == agent])
+        assert weights(agent, calls) == pytest.approx(alone)
+    wanted = {"rollout": [1 / 2 / 9, 1 / 2], "token": [1 / 10] * 2, "constant": [1 / 2 / 10] * 2}[aggregation]
+    assert weights("long", calls) == pytest.approx(wanted)
 
 
 def test_what_is_overlong_is_punished() -> None:
     lengths = {"a": 4, "b": 7, "c": 9, "d": 12}  # 6 are free, 10 are too many
     rollouts = [rollout(name, "g", 1.0) for name in lengths]
-    calls = [call(name, 0, [1], [5] * length) for name, length in lengths.items()]
+    calls = [call(name, 0, [1], [5] * length, trainable=name != "c") for name, length in lengths.items()]
+    calls += [call("c", 1, [2], [], first=9)]
     asked = settings_of("dapo", overlong_tokens=10, overlong_buffer=4, normalise_std=False)
     samples, _ = make_samples(tables(rollouts, calls), asked)
     penalties = np.array([0.0, -0.25, -0.75, -1.0])
     for name, value in zip(lengths, penalties - penalties.mean(), strict=True):
-        np.testing.assert_allclose(trained(samples, name), value, rtol=1e-5)
+        if name != "c":  # whose tokens count, but are not trained
+            np.testing.assert_allclose(trained(samples, name), value, rtol=1e-5)
 
 
 def test_groups_without_signal_are_lacking() -> None:
@@ -310,11 +319,19 @@ def test_groups_without_signal_are_lacking() -> None:
 
 def test_a_group_whose_greedy_rollout_was_lost_is_dropped() -> None:
     found, told = batch(1)
-    rows = greedy_of(told).to_pylist()
+    rows = greedy_of(told)["rollouts"].to_pylist()
     rows[0]["status"] = "lost"
-    greedy = pa.Table.from_batches([to_batch(SCHEMAS["rollouts"], rows)])
-    samples, metrics = make_samples(found, settings_of("remax"), greedy)
+    samples, metrics = make_samples(found, settings_of("remax"), tables(rows, []))
     assert {sample.group_id for sample in samples} == {"g1", "g2"} and metrics["groups_dropped"] == 1
+
+
+def test_the_greedy_rollout_is_rewarded_as_the_others_are() -> None:
+    """With what is too long taken off, and by what an agent got of its own."""
+    asked = settings_of("remax", overlong_tokens=10, overlong_buffer=10)
+    found = tables([rollout("a", "g", 1.0)], [call("a", 0, [1], [5] * 5)], [reward("a", 7.0, "main")])
+    greedy = tables([rollout("z", "g", 1.0)], [call("z", 0, [1], [5] * 8)], [reward("z", 3.0, "main")])
+    samples, _ = make_samples(found, asked, greedy)
+    np.testing.assert_allclose(trained(samples, "a"), (7.0 - 0.5) - (3.0 - 0.8), rtol=1e-6)
 
 
 # the losses
@@ -420,7 +437,7 @@ def test_ppo_is_gae_over_the_tokens_or_the_turns(credit: str, seed: int, discoun
 def test_the_kl_in_the_reward() -> None:
     """Dr.GRPO's advantage of rewards less the sum over tokens of kl x (logprob - reference)."""
     found, told = batch(3)
-    asked = settings_of("dr_grpo", kl=0.1, kl_in="reward", kl_kind="k1")
+    asked = settings_of("dr_grpo", kl=0.1, kl_in="reward")
     samples, _ = make_samples(found, asked, None, measure)
     calls = in_order(found)
     for members in told.values():
@@ -482,6 +499,44 @@ def test_distillation_is_worth_what_the_teacher_finds_likelier() -> None:
     for sample in samples:
         mine = sample.logprobs[sample.loss_mask]
         np.testing.assert_allclose(sample.advantages[sample.loss_mask], measured("reference", mine) - mine, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo"])
+def test_the_kl_in_the_reward_is_no_signal(name: str) -> None:
+    """What is left of it by rounding would be scaled up to a spread of 1; and who acted alone is compared with nobody."""
+    rollouts = [rollout(name, name[0], 1.0) for name in ("a1", "a2", "b1", "b2")]
+    calls = [call(one, 0, [1], [5, 6]) for one in ("a1", "a2")] + [call("b1", 0, [1], [5], agent="helper")]
+    samples, metrics = make_samples(tables(rollouts, calls), settings_of(name, kl=0.001, kl_in="reward"), None, measure)
+    assert samples == [] and metrics["groups_flat"] == 2
+
+
+@pytest.mark.parametrize("name", ["grpo", "rloo", "dr_grpo"])
+def test_who_acted_alone_in_a_group_has_no_advantage(name: str) -> None:
+    """Also where groups without signal are kept."""
+    rollouts = [rollout(name, "g", value) for name, value in {"a": 5.0, "b": 1.0}.items()]
+    calls = [call("a", 0, [1], [5], agent="helper"), call("a", 1, [1], [5], first=1), call("b", 0, [1], [6])]
+    samples, metrics = make_samples(tables(rollouts, calls), settings_of(name, drop_flat_groups=False))
+    gains = {(one.agent, one.rollout_id): float(one.advantages[one.loss_mask][0]) for one in samples}
+    assert gains["helper", "a"] == 0 and gains["main", "a"] > 0 > gains["main", "b"] and metrics["groups_flat"] == 0
+
+
+def test_a_reward_of_a_call_that_is_not_trained() -> None:
+    """Is of the calls before it, else nothing that is trained had a part in it."""
+    rollouts = [rollout(name, "g", 0.0) for name in "ab"]
+    calls = [
+        call(name, place, [1] * place, [5, 6], first=2 * place, trainable=place != 1)
+        for name in "ab"
+        for place in (0, 1, 2)
+    ]
+    rewards = [reward(name, value, "main", 0, call_sequence=1) for name, value in {"a": 1.0, "b": 0.0}.items()]
+    asked = settings_of("dr_grpo", credit="turn", horizon=4)
+    samples, _ = make_samples(tables(rollouts, calls, rewards), asked)
+    for name, value in {"a": 0.75, "b": -0.25}.items():  # of four rewards of mean 1/4; the last turn got 0
+        np.testing.assert_allclose(trained(samples, name), [value - 0.25] * 2 + [-0.25] * 2, rtol=1e-6)
+    first = [reward(name, value, "main", 0, call_sequence=0) for name, value in {"a": 1.0, "b": 0.0}.items()]
+    calls = [call(name, 0, [1], [5], trainable=False) for name in "ab"] + [call(name, 1, [2], [6]) for name in "ab"]
+    samples, metrics = make_samples(tables(rollouts, calls, first), asked)
+    assert samples == [] and metrics["groups_flat"] == 1
 
 
 # a user's own, and what is refused
@@ -551,6 +606,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "flat of ppo": ({"name": "ppo", "drop_flat_groups": False}, r"algorithm\.drop_flat_groups: false leaves the critic"),
     "teacher of others": ({"teacher": "other"}, r"algorithm\.teacher: grpo has none"),
     "k1": ({"kl": 0.1, "kl_kind": "k1"}, r"algorithm\.kl_kind: k1 has no gradient"),
+    "k3": ({"kl": 0.1, "kl_in": "reward", "kl_kind": "k3"}, r"algorithm\.kl_kind: k3 in the reward has not the KL's gradient"),
+    "no_ratio": ({"name": "gpg", "mini_batches": 4}, r"algorithm\.mini_batches: the loss gpg has no ratio"),
+    "stale": ({"loss": "gpg", "staleness": 1}, r"algorithm\.staleness: the loss gpg has no ratio"),
+    "opo": ({"name": "opo", "mini_batches": 4}, r"algorithm\.mini_batches: the baseline of opo"),
     "kl of turns": ({"kl": 0.1, "kl_in": "reward", "credit": "turn"}, r'algorithm\.kl_in: credit = "turn"'),
     "kl of sft": ({"name": "sft", "kl": 0.1, "kl_in": "reward"}, r"algorithm\.kl_in: sft is not made of rewards alone"),
 }  # fmt: skip

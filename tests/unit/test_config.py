@@ -496,8 +496,7 @@ def test_a_cluster_that_does_not_answer(project, capsys):
 # as a process of its own
 
 
-def command(*arguments: str | Path, module: str = "raygent.cli", **environment: str) -> tuple[int, str, str, float]:
-    started = time.monotonic()
+def command(*arguments: str | Path, module: str = "raygent.cli", **environment: str) -> tuple[int, str, str]:
     done = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         capture_output=True,
@@ -505,7 +504,7 @@ def command(*arguments: str | Path, module: str = "raygent.cli", **environment: 
         env=os.environ | environment,
         check=False,
     )
-    return done.returncode, done.stdout, done.stderr, time.monotonic() - started
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_the_command_as_a_process(project):
@@ -516,10 +515,9 @@ def test_the_command_as_a_process(project):
         (["train", project / "train.toml", "agent.run=adder.py:anser"], "raygent: agent.run: adder.py:anser cannot be"),
         (["train", project / "train.toml", "engine.enforce_eagr=true"], "did you mean enforce_eager?"),
     ):
-        code, out, error, seconds = command(*arguments)
+        code, out, error = command(*arguments)
         assert (code, out, error.count("\n")) == (2, "", 1) and expected in error, error
-        assert seconds < 20
-    code, _, error, _ = command("train", project / "train.toml", "model.path=modell", HF_HUB_OFFLINE="1")
+    code, _, error = command("train", project / "train.toml", "model.path=modell", HF_HUB_OFFLINE="1")
     assert code == 2 and error.count("\n") == 1, error
     assert "model.path: no folder" in error and "did you mean the folder model?" in error
     new = [process for process in psutil.process_iter(["name"]) if process.pid not in before]
@@ -527,7 +525,7 @@ def test_the_command_as_a_process(project):
 
 
 def test_the_driver_as_a_process(project):
-    code, _, error, _ = command(project / "train.toml", "run.stepz=3", module="raygent.jobs.train")
+    code, _, error = command(project / "train.toml", "run.stepz=3", module="raygent.jobs.train")
     assert code == 2 and error.count("\n") == 1 and "run.stepz: unknown key; did you mean steps?" in error
 
 
