@@ -13,7 +13,6 @@ import os
 import shutil
 import socket
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,47 +24,21 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raygent.actors import adapters
+from raygent.actors.checkpoint import CRITIC, Checkpoint, laid_out
 from raygent.actors.micro_batches import MicroBatch, Share, deal, micro_batches
 from raygent.actors.working_folder import localised, working_folder
 from raygent.algorithms.loss import kl_loss
-from raygent.config import POLICY, Config, ConfigError, check_loss
+from raygent.config import POLICY, Config, check_loss
 from raygent.records import Sample
 
 logger = logging.getLogger("raygent")
 PLACEMENT_DEADLINE_S = 1800.0
 BEST = "best"  # leads to the checkpoint with the best evaluation
-CRITIC = "critic"  # the folder of its part in a checkpoint
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class LearnerLost(RuntimeError):
     """A rank died: the group is of no more use, the last checkpoint is."""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint: weights as transformers and vLLM load them, and the optimiser's state in `optimiser/`."""
-
-    path: Path
-    step: int
-    version: int
-
-    def of_critic(self) -> Checkpoint:
-        """The critic's part. Raises ConfigError where there is none."""
-        if not (self.path / CRITIC).is_dir():
-            raise ConfigError(
-                f"algorithm.name: {self.path} holds no critic, so the run was begun without one; choose another run.name"
-            )
-        return replace(self, path=self.path / CRITIC)
-
-
-def latest_checkpoint(run_directory: Path) -> Checkpoint | None:
-    """The complete checkpoint with the most steps: a folder gets its name only once all of it is written."""
-    found = []
-    for path in (run_directory / "checkpoints").glob("step-*"):
-        about = json.loads((path / "raygent.json").read_text())
-        found.append(Checkpoint(path, about["step"], about["version"]))
-    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
 
 
 class Learner:
@@ -482,7 +455,8 @@ class LearnerGroup:
             self._all("save", str(partial))
             if critic:
                 critic._all("save", str(partial / CRITIC))
-            (partial / "raygent.json").write_text(json.dumps({"step": step, "version": version}) + "\n")
+            about = {"step": step, "version": version, "laid_out": laid_out(self.config)}
+            (partial / "raygent.json").write_text(json.dumps(about) + "\n")
             os.sync()
             partial.rename(final)
         best = (root / BEST).resolve()

@@ -94,9 +94,10 @@ def eval_rollouts(
 ) -> list[Rollout]:
     """`evaluate.samples` runs of each held-out task, all at one pinned version and with these prompts.
 
-    The ids tell what the task and the prompts are, so that one of others is no rollout that the store has already.
+    The ids tell what the task and the prompts are and what the outcome depends on besides, so that one of others is no rollout
+    that the store has already.
     """
-    told, prompts = [prompts] if prompts else [], prompts or {}
+    told, prompts = [answered_by(config), judged_by(config), *([prompts] if prompts else [])], prompts or {}
     groups = [
         f"eval-{step:06d}-{number:05d}-{digest(task.id, task.input, task.private, *told)}"
         for number, task in enumerate(tasks)
@@ -106,6 +107,30 @@ def eval_rollouts(
         for group, task in zip(groups, tasks, strict=True)
         for index in range(config.evaluate.samples)
     ]
+
+
+def answered_by(config: Config) -> list[Any]:
+    """What an output depends on besides the task, the weights and the prompts. Of files, the text of those that are named."""
+    template = config.model.chat_template
+    return [
+        config.agent.model_dump(exclude={"train", "policies"}),
+        _text(config, config.agent.run),
+        config.model.model_dump(exclude={"path", "chat_template"}),
+        template and Path(template).read_text(errors="replace"),
+        {name: [one.agents, one.base_url, one.model] for name, one in config.upstream.items()},
+    ]
+
+
+def judged_by(config: Config) -> list[Any]:
+    """What a reward depends on besides the task and the output: the grader, or else the agent itself."""
+    judge = config.grader.run or config.agent.run
+    return [judge, _text(config, judge), config.grader.failed_reward]
+
+
+def _text(config: Config, function: str | None) -> str | None:
+    """Of the file that holds "file.py:function"; None of a function in a package."""
+    file = (function or "").partition(":")[0]
+    return (config.folder / file).read_text(errors="replace") if file.endswith(".py") else None
 
 
 def digest(*of: Any) -> str:

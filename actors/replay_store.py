@@ -175,20 +175,21 @@ class ReplayStore:
         self._change(rollouts=rows, attempts=stopped)
         await self._durable()
 
-    async def rewind(self, step: int | None) -> None:
+    async def rewind(self, step: int | None, keep: bool = False) -> None:
         """Go back to before `step` (None: the newest there is): it and the steps after it are to be done again. Durable,
         idempotent.
 
         Rollouts of `step` stay as they are, running ones are queued again. Those of later steps, and those of `step` that
         were lost, are dropped with outcome "rewound", their attempts kept as late ones; their ids may be added again, with
-        attempt numbers that go on.
+        attempt numbers that go on. With `keep` what has ended in later steps stays as it is, and so does what was trained.
         """
         step = max((r.step for r in self.state.rollouts.values()), default=0) if step is None else step
         rollouts: list[dict[str, Any]] = []
         attempts: list[dict[str, Any]] = []
         for rollout in self.state.rollouts.values():
-            row: dict[str, Any] = {"trained_step": -1} if rollout.trained_step >= step else {}
-            again = rollout.step > step or (rollout.step == step and rollout.status == "lost")
+            row: dict[str, Any] = {"trained_step": -1} if rollout.trained_step >= step and not keep else {}
+            later = rollout.step > step and not (keep and rollout.status in ENDED)
+            again = later or (rollout.step == step and rollout.status == "lost")
             if again and rollout.outcome != REWOUND:
                 row = _end(rollout, "dropped", REWOUND) | {"winning_attempt": 0, "reward": None, "trained_step": -1}
                 attempts += [_stopped(attempt, CANCELLED) for attempt in self._running(rollout.rollout_id)]

@@ -21,6 +21,16 @@ from raygent.records import UPSTREAM, Sample
 LISTS = ["prompt_token_ids", "response_token_ids", "logprobs", "policy_versions"]
 PLAIN = ["rollout_id", "sequence", "agent", "temperature", "trainable", "own_tokens"]
 REPEATED = 4  # tokens of a run that counts as repeated
+# Metrics that a batch without a valid rollout has not.
+OF_ROLLOUTS = (
+    "reward",
+    "reward_std",
+    "turns",
+    "prompt_length",
+    "response_length",
+    "branch_rate",
+    "repetition",
+)
 MOST_AGENTS = 50  # that the metrics tell of one by one
 Row = dict[str, Any]
 Baselines = dict[str, dict[str | None, float]]
@@ -459,6 +469,7 @@ def _metrics(
         by_agent[f"agents/{item.agent}/calls"] += len(item.nodes)
         by_agent[f"agents/{item.agent}/branches"] += item.branches
         by_agent[f"agents/{item.agent}/continued"] += sum(node.call["own_tokens"] > 0 for node in item.nodes)
+    metrics = {name: value for name, value in metrics.items() if valid or name not in OF_ROLLOUTS}
     return metrics | failures | {name: float(count) for name, count in by_agent.items()} | _upstreams(calls)
 
 

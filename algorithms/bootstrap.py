@@ -16,14 +16,18 @@ def paired_gain(
     if not tasks:
         return float("nan"), (float("nan"), float("nan"))
     gains = np.array([after[task] - before[task] for task in tasks])
-    drawn = np.random.default_rng(seed).integers(0, len(gains), (draws, len(gains)))
-    low, high = np.quantile(gains[drawn].mean(1), [0.025, 0.975])
-    return float(gains.mean()), (float(low), float(high))
+    return float(gains.mean()), _interval(gains, draws, seed)
 
 
 def mean_interval(rewards: list[float], draws: int = 2_000, seed: int = 0) -> tuple[float, float]:
     """The 95 % percentile bootstrap interval of a mean."""
-    values = np.asarray(rewards)
-    drawn = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return _interval(np.asarray(rewards), draws, seed)
+
+
+def _interval(values: np.ndarray, draws: int, seed: int) -> tuple[float, float]:
+    dice = np.random.default_rng(seed)
+    means = [
+        values[dice.integers(0, len(values), len(values))].mean() for _ in range(draws)
+    ]  # all at once are too much memory
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from gateway_cost import vllm_serve
 
-from raygent.actors.learner import latest_checkpoint
+from raygent.actors.checkpoint import latest_checkpoint
 from raygent.config import POLICY, load
 
 COLUMNS = ["prompt_token_ids", "response_token_ids", "policy_versions", "temperature", "finish_reason"]

@@ -58,7 +58,7 @@ def run(algorithm: str, seed: int, overrides: list[str], toml: Path = HERE / "tr
     subprocess.run([sys.executable, "-m", "raygent.cli", "train", str(toml), *where, *own, *overrides], check=True)
     summary = json.loads((folder / "summary.json").read_text())
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    reached = [place for place, row in enumerate(steps) if row["reward"] >= REACHED * OPTIMUM]
+    reached = [place for place, row in enumerate(steps) if row.get("reward", 0) >= REACHED * OPTIMUM]
     until = sum(row["rollouts"] for row in steps[: reached[0] + 1]) if reached else float("nan")
     held_out = summary["held_out"]
     return {

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raygent.actors.pacer import digest, judged_by
 from raygent.actors.task_choice import expected_by_task
 from raygent.algorithms.bootstrap import mean_interval, paired_gain
 from raygent.algorithms.curriculum import Groups
@@ -31,6 +32,7 @@ SHOWN = {
     "tokens_per_s": "{:.0f} tok/s",
     "seconds/step": "{:.1f} s",
 }
+MOST_LOST = 0.1  # tasks of an evaluation, over those that have a reward, that is still compared with others
 TABLE_ROWS = 5  # best and worst rollouts of an evaluation that W&B shows
 
 
@@ -107,27 +109,30 @@ class RunLog:
     def evaluation(self, step: int, tables: dict[str, pa.Table], summary: dict[str, float]) -> None:
         """One evaluation on the held-out tasks is done."""
         rewards: dict[str, list[float]] = {}
-        for row in tables["rollouts"].select(["task_id", "reward"]).to_pylist():
-            if row["reward"] is not None:
-                rewards.setdefault(row["task_id"], []).append(row["reward"])
+        for row in tables["rollouts"].select(["task_id", "input", "private", "reward"]).to_pylist():
+            if row["reward"] is not None:  # another question, gold or grader makes another task of it
+                task = f"{row['task_id']} {digest(row['input'], row['private'], judged_by(self.config))}"
+                rewards.setdefault(task, []).append(row["reward"])
         by_task = {task: sum(values) / len(values) for task, values in rewards.items()}
         if not by_task:
             self.note(
-                f"evaluation at step {step}: no reward, infrastructure lost all {summary['n']} tasks; it is not counted"
+                f"evaluation at step {step}: no reward, infrastructure lost all {summary['lost']} tasks; it is not counted"
             )
             return
         low, high = mean_interval(list(by_task.values()))
-        trained = [row["reward"] for row in read_lines(self.lines) if row["step"] < step][-SPAN:]
+        trained = [row["reward"] for row in read_lines(self.lines) if row["step"] < step and "reward" in row][-SPAN:]
         if trained and not self.config.recorded:  # how much better it does on what it was trained on
             summary = summary | {"gap": sum(trained) / len(trained) - summary["reward"]}
         rows = read_lines(self.evaluations)
         # A run that had ended there evaluated all tasks; when it goes on, the same step is due for some of them again.
-        if not any(row["step"] == step and row["by_task"].keys() > by_task.keys() for row in rows):
+        partial = step not in (0, self.config.run.steps)
+        if not (partial and any(row["step"] == step and row["by_task"].keys() > by_task.keys() for row in rows)):
             rows = [row for row in rows if row["step"] != step]
             rows.append({"step": step, **summary, "low": low, "high": high, "by_task": by_task})
             self._rewrite(self.evaluations, sorted(rows, key=lambda row: row["step"]))
         self.note(
-            f"evaluation at step {step}: reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} tasks; "
+            f"evaluation at step {step}: reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} tasks"
+            f"{', ' + str(summary['lost']) + ' lost to infrastructure' if summary['lost'] else ''}; "
             f"{summary['retried_share']:.0%} of the rollouts made more than one call, mean reward {summary['rescued_share']:.3f}"
         )
         table = {f"eval/{name}": value for name, value in summary.items()} | {"step": step}
@@ -174,7 +179,8 @@ class RunLog:
         summary |= {"held_out": held_out(evaluations), "mismatch": mismatch(steps)}
         summary["seconds"] = seconds_by_part(steps, counts["seconds"])
         sums = ("tokens_sampled", "tokens_trained")
-        summary["tokens"] = {name.removeprefix("tokens_"): sum(row.get(name, 0.0) for row in steps) for name in sums}
+        if any("tokens_sampled" in row for row in steps):  # a run that changes prompts does not count them
+            summary["tokens"] = {name.removeprefix("tokens_"): sum(row.get(name, 0.0) for row in steps) for name in sums}
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         self.wandb.summary.update(summary)
         self.wandb.finish()
@@ -201,8 +207,9 @@ class RunLog:
                 )
         if found := summary["held_out"]:
             low, high = found["gain_ci95"]
+            since = f" (at step {found['before_step']})" if found["before_step"] else ""
             self.note(
-                f"held-out reward on {found['n']} tasks: {found['before']:.3f} before, {found['after']:.3f} after; "
+                f"held-out reward on {found['n']} tasks: {found['before']:.3f} before{since}, {found['after']:.3f} after; "
                 f"gain {found['gain']:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] (paired bootstrap)"
             )
         self.note(f"summary {self.directory / 'summary.json'}, curve {self.directory / 'curve.png'}")
@@ -246,6 +253,8 @@ def held_out(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     gain, interval = paired_gain(first["by_task"], last["by_task"])
     return {
         "n": len(tasks),
+        "before_step": first["step"],
+        "after_step": last["step"],
         "before": sum(first["by_task"][task] for task in tasks) / len(tasks),
         "after": sum(last["by_task"][task] for task in tasks) / len(tasks),
         "gain": gain,
@@ -257,7 +266,9 @@ def held_out(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
 
 def best_step(evaluations: list[dict[str, Any]]) -> int | None:
     """The step whose evaluation has the best mean reward on the tasks that all of them have, the first of those; None where there
-    is no such task."""
+    is no such task. Those that infrastructure lost much of, and those of other tasks than the last has, are left aside."""
+    evaluations = [row for row in evaluations if row.get("lost", 0) <= MOST_LOST * len(row["by_task"])]
+    evaluations = [row for row in evaluations if row["by_task"].keys() & evaluations[-1]["by_task"].keys()]
     tasks = set.intersection(*(set(row["by_task"]) for row in evaluations)) if evaluations else set()
     if not tasks:
         return None
@@ -329,8 +340,9 @@ def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], p
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    if steps:
-        axes.plot([row["step"] + 1 for row in steps], [row["reward"] for row in steps], color="0.7", label="training")
+    if rewarded := [row for row in steps if "reward" in row]:
+        places = [row["step"] + 1 for row in rewarded]
+        axes.plot(places, [row["reward"] for row in rewarded], color="0.7", label="training")
     if evaluations:
         middle = [row["reward"] for row in evaluations]
         below = [max(row["reward"] - row["low"], 0) for row in evaluations]

@@ -20,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from raygent.actors.checkpoint import Checkpoint, latest_checkpoint
 from raygent.actors.critic import Critic
 from raygent.actors.engine_handle import EngineFailed, EngineUnavailable, last_line
-from raygent.actors.learner import Checkpoint, LearnerGroup, latest_checkpoint
+from raygent.actors.learner import LearnerGroup
 from raygent.actors.pacer import Versions, measured_before, steps_to_admit
 from raygent.actors.replay_store import ReplayStore
 from raygent.actors.worker_pool import WorkerPool
@@ -58,9 +59,11 @@ class Parts:
         self.learn_too = learn
         self.directory = config.run_directory
         self.directory.mkdir(parents=True, exist_ok=True)
-        beside = self.directory / "config.new"  # a kill between leaves the old file whole
-        beside.write_text(config.to_toml())
-        beside.replace(self.directory / "config.toml")
+        self.evaluates = not learn and not config.changes_prompts  # and so neither begins a run nor goes on with one
+        if not (self.evaluates and (self.directory / "config.toml").is_file()):
+            beside = self.directory / "config.new"  # a kill between leaves the old file whole
+            beside.write_text(config.to_toml())
+            beside.replace(self.directory / "config.toml")
         self.versions = Versions(self.directory)
         self.prompts = prompts_in_force(config)
         self.spending = Spending(config)
@@ -96,7 +99,7 @@ class Parts:
             num_cpus=0,
         ).remote(str(self.directory / "store"), config.workers.lease_s, config.workers.max_attempts)
         # A run that changes prompts has no checkpoints: it does all its steps again, with the rollouts of before.
-        ray.get(self.store.rewind.remote(None if config.changes_prompts else self.step))
+        ray.get(self.store.rewind.remote(None if config.changes_prompts else self.step, self.evaluates))
         if config.upstream:
             self.spending.begin(ray.get(self.store.costs.remote()))
             self.spending.check()

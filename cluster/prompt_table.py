@@ -9,13 +9,31 @@ from typing import Any
 
 import pyarrow as pa
 
+from raygent.actors.pacer import digest
 from raygent.actors.segments import write_atomically
 from raygent.actors.store_tables import read_parquet, write_parquet
 from raygent.cluster.metrics import read_lines
 from raygent.config import Config
-from raygent.records import PROMPTS, PromptVersion, to_batch
+from raygent.records import PROMPTS, PromptVersion, Task, to_batch
 
 Row = dict[str, Any]
+
+
+TASKS = "train-tasks"  # a file of the run: what its training tasks were
+
+
+def digest_of(tasks: list[Task]) -> str:
+    return digest(*([task.id, task.input, task.private] for task in tasks))
+
+
+def note_tasks(run_directory: Path, tasks: list[Task]) -> None:
+    write_atomically(run_directory / TASKS, [digest_of(tasks).encode()])
+
+
+def tasks_noted(run_directory: Path) -> str | None:
+    """The digest_of() the tasks that the run was begun with; None of one not begun."""
+    file = run_directory / TASKS
+    return file.read_text() if file.is_file() else None
 
 
 def file_of(store: Path) -> Path:

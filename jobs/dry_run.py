@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import tomli_w
 
+from raygent.actors.checkpoint import laid_out, latest_checkpoint
 from raygent.actors.grading import Grader, GraderError, grade_once
 from raygent.actors.subprocess_agent import (
     JOB_COPIES,
@@ -35,7 +36,8 @@ from raygent.actors.task_choice import shares
 from raygent.algorithms.named import PROMPT_NAMES
 from raygent.callables import AGENT_OFFERS, arguments, load_callable
 from raygent.cluster.metrics import logged_in
-from raygent.cluster.prompt_table import read_prompts
+from raygent.cluster.prompt_table import digest_of, read_prompts, tasks_noted
+from raygent.cluster.teacher import probe
 from raygent.config import OPTIMISER, Config, ConfigError, homes_of, keys_of
 from raygent.families import NONE, parsers
 from raygent.jobs.recorded import batch_of, check_chats
@@ -125,6 +127,13 @@ def _check_run_directory(config: Config) -> None:
                 f"algorithm.name: {directory} was begun with {algorithm}, and weights and prompts are not changed by one run; "
                 "choose another run.name"
             )
+        checkpoint = latest_checkpoint(directory)
+        for key, value in laid_out(config).items():
+            if checkpoint and config.learners and (then := checkpoint.laid_out.get(key, value)) != value:
+                raise ConfigError(
+                    f"{key}: {value}, and {checkpoint.path} was written with {then}, by which its optimiser's state is cut up; write "
+                    "it as it was, or choose another run.name"
+                )
         now = config.learner.lora and config.learner.lora.model_dump(exclude_none=True)
         if lora != (now, sorted(config.agent.policies)):
             raise ConfigError(
@@ -221,9 +230,17 @@ def _check_teacher(config: Config) -> None:
 
 
 def _same_tokenizer(one: str, other: str) -> bool:
-    """False where both folders have the tokenizer's file and the files differ."""
-    files = [Path(path) / "tokenizer.json" for path in (one, other)]
-    return not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes()
+    """False where they make other tokens. One that is not to be had here, for the hub is away, is not known to."""
+    if one == other:
+        return True
+    from transformers import AutoTokenizer
+
+    try:
+        first, second = (AutoTokenizer.from_pretrained(path) for path in (one, other))
+    except (OSError, ValueError):
+        return True
+    text = probe(first)
+    return first.get_vocab() == second.get_vocab() and first(text)["input_ids"] == second(text)["input_ids"]
 
 
 SEARCHES_BY = {  # what the prompts of a run depend on
@@ -246,11 +263,15 @@ def _check_prompts(config: Config) -> None:
         return
     if config.algorithm.name == "gepa" and importlib.util.find_spec("gepa") is None:
         raise ConfigError("algorithm.name: gepa is not installed; install raygent with --extra prompts")
-    tasks = len(load_tasks(config.data.train, "data.train"))
-    if config.algorithm.selection_tasks >= tasks:
+    tasks = load_tasks(config.data.train, "data.train")
+    if config.algorithm.selection_tasks >= len(tasks):
         raise ConfigError(
-            f"algorithm.selection_tasks: {config.algorithm.selection_tasks} of the {tasks} tasks of data.train leave none to "
+            f"algorithm.selection_tasks: {config.algorithm.selection_tasks} of the {len(tasks)} tasks of data.train leave none to "
             "learn from; lower it"
+        )
+    if tasks_noted(config.run_directory) not in (None, digest_of(tasks)):
+        raise ConfigError(
+            f"data.train: {config.run_directory} was begun with other tasks, by which its prompts were made; choose another run.name"
         )
     if (config.run_directory / "config.toml").is_file():
         before = tomllib.loads((config.run_directory / "config.toml").read_text())

@@ -36,7 +36,7 @@ def evaluate(parts: Parts, tasks: list[Task]) -> tuple[dict[str, pa.Table], dict
     """Run the tasks at the version served now, which stays pinned until they have ended.
 
     Rollouts of this step that the store has already stay as they are. Returns the store's tables of all of them and a
-    summary: `reward`, `n` (tasks), `retried_share` (rollouts of more than one call) and `rescued_share` (mean reward of
+    summary: `reward`, `n` (tasks with a reward), `lost` (those that infrastructure lost), `retried_share` (rollouts of more than one call) and `rescued_share` (mean reward of
     those), `calls` (a rollout), and with several `evaluate.samples` `pass@k`, where a reward of 1 passes.
     """
     rollouts = eval_rollouts(parts.config, tasks, parts.step, parts.version, parts.prompts)
@@ -65,7 +65,8 @@ def summarise(tables: dict[str, pa.Table]) -> dict[str, float]:
             tries[task].append(bool(reward >= PASSED))
     return {
         "reward": float(rewards[known].mean()) if known.any() else float("nan"),
-        "n": pc.count_distinct(rollouts["task_id"]).as_py(),
+        "n": len(tries),
+        "lost": pc.count_distinct(rollouts["task_id"]).as_py() - len(tries),
         "calls": float(turns.mean()) if len(turns) else 0.0,
         "retried_share": float(again.mean()) if len(turns) else 0.0,
         "rescued_share": float(rewards[again & known].mean()) if (again & known).any() else 0.0,
@@ -85,6 +86,11 @@ def evaluate_last(config: Config) -> None:
     held_out = held_out_tasks(config)
     with Parts(config, learn=False) as parts:
         _, summary = evaluate(parts, held_out)
+        if not summary["n"]:
+            raise ConfigError(
+                f"data.eval: no task has a reward, infrastructure lost all {summary['lost']}; see the last lines of the job's "
+                "log, mend it, and give the same command again"
+            )
         print(f"step {parts.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
 
 

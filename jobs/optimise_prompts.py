@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from raygent.actors.pacer import digest, only
 from raygent.algorithms.prompt_search import Prompts, Search, Trial, split
 from raygent.cluster.metrics import RunLog
-from raygent.cluster.prompt_table import steps_done, write_prompts
+from raygent.cluster.prompt_table import note_tasks, steps_done, write_prompts
 from raygent.config import Config
 from raygent.jobs.evaluate import evaluate
 from raygent.jobs.try_agent import messages_of, reply_of
@@ -35,12 +35,14 @@ def optimise_prompts(config: Config) -> None:
     from raygent.cluster.parts import Parts
 
     settings, seed = config.algorithm, config.run.seed
-    feedback, selection = split(load_tasks(config.data.train, "data.train"), settings.selection_tasks, seed)
+    tasks = load_tasks(config.data.train, "data.train")
+    feedback, selection = split(tasks, settings.selection_tasks, seed)
     held_out = load_tasks(config.data.eval, "data.eval")
     log = RunLog(config)
     done = steps_done(config.run_directory)
     log.resume(done)
     with Parts(config, learn=False) as parts:
+        note_tasks(config.run_directory, tasks)
         trials = Trials(parts)
 
         def told(search: Search) -> None:
@@ -53,7 +55,7 @@ def optimise_prompts(config: Config) -> None:
             first, trials.run, trials.ask, told, config.run.steps, settings.max_rollouts, settings.group_size
         )
         parts.step, parts.prompts = 0, search.tree.prompts(search.tree.first)
-        if held_out:
+        if held_out and not done:
             log.evaluation(0, *evaluate(parts, held_out))
         best = importlib.import_module(f"raygent.algorithms.{settings.name}").optimise(
             search, feedback, selection, settings, seed
@@ -62,6 +64,11 @@ def optimise_prompts(config: Config) -> None:
         if held_out and search.step:
             log.evaluation(search.step, *evaluate(parts, held_out))
         counts = parts.counts()
+    if search.step and len(search.tree) == len(first):
+        log.note(
+            f"NO PROMPT WAS MADE: {settings.name} found nothing to make one of; bootstrap_fewshot shows what agents return, so "
+            "set grader.run where an agent returns its reward, and let the others' optimiser say the new prompt"
+        )
     log.prompts(search.tree.rows(best))
     log.finish(counts)
     for name, text in search.tree.texts(best).items():
@@ -138,6 +145,8 @@ class Trials:
         worst, best = (rows[scores.index(end)]["rollout_id"] for end in (min(scores), max(scores)))
         records = {table: rows_of[worst] for table, rows_of in of.items()}
         given = output_of(of["spans"][best])
+        if not self.config.grader.run and given == json.dumps(max(scores)):
+            given = ""  # it returned its reward
         return Trial(task, sum(scores) / len(scores), self._transcript(min(scores), records), given)
 
     def _transcript(self, reward: float, records: dict[str, list[Row]]) -> str:

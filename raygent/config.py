@@ -550,6 +550,10 @@ class Config(Section):
             raise ValueError(
                 'algorithm.kl_in: credit = "turn" compares the rewards of turns; use kl_in = "loss", or algorithm.name = "ppo"'
             )
+        if settings.max_rollouts and not self.changes_prompts:
+            raise ValueError(
+                f"algorithm.max_rollouts: {settings.name} takes as many as run.steps x tasks_per_step x group_size; set run.steps"
+            )
         if self.recorded and settings.refills:
             raise ValueError("algorithm.refills: recorded rollouts cannot be replaced by others; leave refills out")
         if settings.loss == "gpg" and not named.off_policy and (settings.mini_batches > 1 or settings.staleness):

@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 from tiny_model import make_tiny_model
 from transformers import AutoModelForCausalLM
 
+from raygent.actors.checkpoint import Checkpoint
 from raygent.actors.engine_handle import EngineFailed
-from raygent.actors.learner import Checkpoint, LearnerGroup
+from raygent.actors.learner import LearnerGroup
 from raygent.algorithms.batch import make_samples, weigh
 from raygent.cluster.parts import NAMESPACE
 from raygent.cluster.serve_app import delete_app, start_app

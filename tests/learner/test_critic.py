@@ -14,8 +14,9 @@ from ranks import gradient, on_ranks, weights
 from tiny_model import make_tiny_model
 from transformers import AutoModelForTokenClassification
 
+from raygent.actors.checkpoint import latest_checkpoint
 from raygent.actors.critic import Critic
-from raygent.actors.learner import LearnerGroup, latest_checkpoint
+from raygent.actors.learner import LearnerGroup
 from raygent.algorithms.batch import make_samples
 from raygent.config import ConfigError
 from raygent.records import Sample

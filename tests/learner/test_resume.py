@@ -15,7 +15,8 @@ from ranks import Arrays, Group, first_moment, gradient, move_reference, on_rank
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from raygent.actors.learner import Checkpoint, LearnerLost, latest_checkpoint
+from raygent.actors.checkpoint import Checkpoint, latest_checkpoint
+from raygent.actors.learner import LearnerLost
 
 
 def same_bits(one: Arrays, other: Arrays) -> bool:

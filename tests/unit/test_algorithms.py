@@ -590,6 +590,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "critic": ({"advantage": "gae"}, r"algorithm\.advantage: gae: it needs a critic"),
     "no estimator": ({"advantage": "best"}, r"algorithm\.advantage: best: verl 0\.9\.1 has none of that name"),
     "turns": ({"name": "rloo", "credit": "turn"}, r"algorithm\.credit: rloo weighs whole rollouts"),
+    "budget": ({"max_rollouts": 10}, r"algorithm\.max_rollouts: grpo takes as many as run\.steps x"),
     "refills": ({"name": "remax", "refills": 1}, r"algorithm\.refills: remax compares no groups"),
     "horizon": ({"name": "dr_grpo"}, r"algorithm\.horizon: .* set model\.max_tokens"),
     "buffer": ({"overlong_tokens": 5}, r"algorithm\.overlong_buffer: 0 is not within 1 and .* = 5"),

@@ -428,6 +428,19 @@ def test_a_run_that_stands_already(project, capsys):
     assert "job's own copy" in refused(capsys, "train", toml, lost)
 
 
+@pytest.mark.parametrize(("key", "now"), [("learner.ranks", 2), ("learner.zero_stage", 3)])
+def test_a_checkpoint_that_is_cut_up_otherwise(project, capsys, key, now):
+    checkpoint = project / "runs" / "mine" / "checkpoints" / "step-000003"
+    checkpoint.mkdir(parents=True)
+    (project / "runs" / "mine" / "config.toml").write_text(f'[model]\npath = "{project / "model"}"\n')
+    about = {"step": 3, "version": 3, "laid_out": {"learner.ranks": 1, "learner.zero_stage": 2}}
+    (checkpoint / "raygent.json").write_text(json.dumps(about))
+    asked = ["run.name=mine", "learner.ranks=1", "learner.zero_stage=2"]
+    dry_run._check_run_directory(load(project / "train.toml", asked))
+    said = refused(capsys, "train", project / "train.toml", *asked, f"{key}={now}")
+    assert f"{key}: {now}, and " in said and "write it as it was" in said
+
+
 def test_a_run_begun_by_a_job_with_another_copy_of_the_files(project):
     run = project / "runs" / "mine"
     run.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 
+import pyarrow as pa
 import pytest
 from conversations import call, config, rollout, tables
 
@@ -118,6 +119,26 @@ def test_a_run_that_goes_on_past_its_end_keeps_the_evaluation_of_all_tasks(log):
         log.evaluation(50, tasks, summarise(tasks))
     (row,) = read_lines(log.evaluations)
     assert len(row["by_task"]) == 3
+
+
+def test_tasks_taken_out_of_the_file_are_gone_from_the_last_evaluation(log):
+    last = log.config.run.steps
+    for tasks in (ended(1.0, 0.0, 1.0), ended(1.0, 0.0)):
+        log.evaluation(last, tasks, summarise(tasks))
+    (row,) = read_lines(log.evaluations)
+    assert len(row["by_task"]) == 2
+
+
+def test_a_task_with_another_gold_is_another_task(log):
+    tasks = ended(0.0, 1.0)
+    log.evaluation(0, tasks, summarise(tasks))
+    rollouts = tasks["rollouts"].to_pylist()
+    rollouts[0] |= {"private": '"another"', "reward": 1.0}
+    tasks = tasks | {"rollouts": pa.Table.from_pylist(rollouts, tasks["rollouts"].schema)}
+    log.evaluation(3, tasks, summarise(tasks))
+    found = held_out(read_lines(log.evaluations))
+    assert (found["n"], found["before"], found["after"]) == (1, 1.0, 1.0)
+    assert (found["before_step"], found["after_step"]) == (0, 3)
 
 
 def test_an_evaluation_that_is_done_again_stays_in_its_place(log):

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from raygent.actors.pacer import Versions, drop_stale, eval_rollouts, refill_rollouts, steps_to_admit, train_rollouts
-from raygent.config import load
+from raygent.config import Upstream, load
 from raygent.records import SCHEMAS, Task
 
 
@@ -37,7 +37,9 @@ def test_refills_are_other_groups_of_the_same_step(config):
     assert len({rollout.group_id for rollout in [*first, *again, *train_rollouts(config, tasks, 2, 5, {})]}) == 9
     assert {(rollout.step, rollout.mode, rollout.resource_version) for rollout in first} == {(2, "train", 5)}
     assert len({rollout.task_id for rollout in first}) == 3
-    assert len({rollout.task_id for rollout in refill_rollouts(config, tasks, 2, 5, 1, 30, {})}) == 7
+    had = {rollout.task_id for rollout in train_rollouts(config, tasks, 2, 5, {})}
+    others = {rollout.task_id for rollout in refill_rollouts(config, tasks, 2, 5, 1, 30, {})}
+    assert others == {task.id for task in tasks} - had
 
 
 def test_remax_has_a_greedy_rollout_in_each_group(config):
@@ -54,6 +56,22 @@ def test_eval_runs_each_task(config):
     assert [(rollout.task_id, rollout.resource_version) for rollout in rollouts] == [("a", 9), ("b", 9)]
     edited = eval_rollouts(config, [Task("a", 1), Task("b", 2, "gold")], 5, 9)
     assert [one.rollout_id == two.rollout_id for one, two in zip(rollouts, edited, strict=True)] == [True, False]
+
+
+@pytest.mark.parametrize("change", ["agent", "limit", "judge", "upstream"])
+def test_what_another_outcome_may_come_of_is_another_evaluation(config, change):
+    (before,) = eval_rollouts(config, [Task("a", 1)], 5, 9)
+    assert before == eval_rollouts(config, [Task("a", 1)], 5, 9)[0]
+    if change == "agent":
+        (config.folder / "agent.py").write_text("def answer(task, model): return 2.0")
+    elif change == "limit":
+        config.model.max_tokens = 5
+    elif change == "judge":
+        config.grader.failed_reward = -1.0
+    else:
+        config.upstream = {"big": Upstream(agents=["*"], base_url="http://127.0.0.1/v1", model="big")}
+    (after,) = eval_rollouts(config, [Task("a", 1)], 5, 9)
+    assert after.rollout_id != before.rollout_id and after.task_id == before.task_id
 
 
 def test_admission_is_bounded_by_staleness_and_the_last_step(config):

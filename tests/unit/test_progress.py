@@ -62,6 +62,16 @@ def test_the_best_step_is_told_by_the_tasks_that_all_evaluations_have() -> None:
     assert best_step([first, last]) == 20 and best_step([first]) == 0 and best_step([]) is None
 
 
+def test_an_evaluation_that_lost_much_or_was_of_other_tasks_is_not_the_best() -> None:
+    tasks = [f"t{number}" for number in range(50)]
+    half = {"step": 20, "lost": 0, "by_task": dict.fromkeys(tasks, 0.5)}
+    lost = {"step": 40, "lost": 48, "by_task": dict.fromkeys(tasks[:2], 1.0)}
+    best = {"step": 60, "lost": 1, "by_task": dict.fromkeys(tasks[1:], 0.8)}
+    assert best_step([half, lost, best]) == 60 and best_step([half, lost]) == 20 and best_step([lost]) is None
+    other = {"step": 0, "lost": 0, "by_task": {"t0 of another gold": 1.0}}
+    assert best_step([other, half, best]) == 60
+
+
 def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     group = LearnerGroup(config(run={"directory": str(tmp_path), "name": "run", "keep_checkpoints": 2}))
     monkeypatch.setattr(group, "_all", lambda *_: [])

@@ -18,11 +18,12 @@ from raygent.actors.pacer import eval_rollouts
 from raygent.algorithms import apo, bootstrap_fewshot, gepa
 from raygent.algorithms.prompt_search import Search, Tree, Trial, block_in, split
 from raygent.callables import ModelEndpoint
-from raygent.cluster.prompt_table import prompts_in_force, read_prompts, write_prompts
+from raygent.cluster.prompt_table import note_tasks, prompts_in_force, read_prompts, write_prompts
 from raygent.config import Config, ConfigError
 from raygent.jobs import dry_run
 from raygent.prompts import PROMPTS_VARIABLE, on_trial
 from raygent.records import Task
+from raygent.task import load_tasks
 
 TASKS = [Task(str(number), f"question {number}") for number in range(40)]
 FIRST = {"writer": "Write.", "checker": "Check."}
@@ -336,6 +337,12 @@ def test_a_run_is_gone_on_with_by_the_same_search_alone(tmp_path, change, what):
     with pytest.raises(ConfigError, match=what):
         dry_run._check_run_directory(again)
         dry_run._check_prompts(again)
+    note_tasks(begun.run_directory, load_tasks(begun.data.train))
+    dry_run._check_prompts(begun)
+    with (tmp_path / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"id": "more", "input": 9}) + "\n")
+    with pytest.raises(ConfigError, match=r"data\.train: .* was begun with other tasks"):
+        dry_run._check_prompts(begun)
 
 
 @pytest.mark.parametrize("algorithm", [apo, gepa])

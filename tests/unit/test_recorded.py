@@ -19,6 +19,7 @@ from raygent.algorithms.batch import make_samples
 from raygent.config import ConfigError
 from raygent.jobs import dry_run
 from raygent.jobs.recorded import batch_of, check_chats, read_chats
+from raygent.task import load_tasks
 
 CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]},
@@ -84,6 +85,24 @@ def test_chats_from_parquet(model: Path, tmp_path: Path) -> None:
     assert [row["messages"] for _, row in read_chats(str(tmp_path / "chats.parquet"))] == [CHATS[0]["messages"]]
 
 
+def test_objects_from_parquet_have_their_own_keys(tmp_path: Path) -> None:
+    """Arrow gives those of a column each other's."""
+    calls = [
+        {"function": {"name": "a", "arguments": {"city": "Paris"}}},
+        {"function": {"name": "b", "arguments": {"n": 1}}},
+    ]
+    chat = {"messages": [CHATS[0]["messages"][0], {"role": "assistant", "content": "", "tool_calls": calls}]}
+    pq.write_table(pa.Table.from_pylist([chat]), tmp_path / "chats.parquet")
+    assert [row for _, row in read_chats(str(tmp_path / "chats.parquet"))] == [chat]
+    tasks = [
+        {"id": "1", "input": {"a": 1}, "private": None},
+        {"id": "2", "input": {"b": [{"c": 1}, {"d": 2}]}, "private": 3},
+    ]
+    pq.write_table(pa.Table.from_pylist(tasks), tmp_path / "tasks.parquet")
+    found = load_tasks(tmp_path / "tasks.parquet")
+    assert [task.input for task in found] == [task["input"] for task in tasks] and found[1].private == 3
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "no messages": ({"text": "a"}, r'line 1 needs "messages"'),
     "no list": ({"messages": "a"}, r'line 1 needs "messages"'),
@@ -135,7 +154,13 @@ def test_a_teacher_with_another_tokenizer_is_refused(model: Path, tmp_path: Path
     shutil.copytree(model, other)
     asked = config(model={"path": str(model)}, algorithm={"name": "distill", "teacher": str(other), "group_size": 2})
     dry_run._check_teacher(asked)
-    (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text() + " ")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))  # written otherwise, it is the same
+    dry_run._check_teacher(asked)
+    one, two = sorted(tokenizer["model"]["vocab"])[-2:]
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ConfigError, match=r"algorithm\.teacher: .* has another tokenizer"):
         dry_run._check_teacher(asked)
     (other / "config.json").unlink()

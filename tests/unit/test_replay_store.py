@@ -248,6 +248,18 @@ async def test_rewards_before_a_step_are_those_of_ended_train_rollouts_by_group(
     assert await now.rewards_before(9) == {"t": [[-0.5, 1.0], [0.0]], "u": [[0.25]]}
 
 
+async def test_an_evaluation_drops_only_what_had_not_ended(tmp_path):
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(n, step=n) for n in range(5)])
+    for lease in (await store.lease("w", 4))[:3]:
+        await run_attempt(store, lease)
+    await store.mark_trained(1, ["r1"])
+    await store.rewind(0, keep=True)
+    rows = [(await taken(store, step))["rollouts"][0] for step in range(5)]
+    assert [row["outcome"] for row in rows] == ["succeeded"] * 3 + ["rewound"] * 2
+    assert [row["trained_step"] for row in rows] == [-1, 1, -1, -1, -1]
+
+
 async def test_rewind_queues_the_running_rollouts_of_its_step_again(tmp_path):
     store = open_store(tmp_path)
     await store.add_rollouts([rollout(0), rollout(1)])

@@ -1,0 +1,46 @@
+"""A run's checkpoints: `checkpoints/step-N/`, complete once it has that name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from raygent.config import Config, ConfigError
+
+CRITIC = "critic"  # the folder of its part in a checkpoint
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint: weights as transformers and vLLM load them, and the optimiser's state in `optimiser/`."""
+
+    path: Path
+    step: int
+    version: int
+    laid_out: dict[str, int] = field(
+        default_factory=dict, compare=False
+    )  # see laid_out(); empty in those of older runs
+
+    def of_critic(self) -> Checkpoint:
+        """The critic's part. Raises ConfigError where there is none."""
+        if not (self.path / CRITIC).is_dir():
+            raise ConfigError(
+                f"algorithm.name: {self.path} holds no critic, so the run was begun without one; choose another run.name"
+            )
+        return replace(self, path=self.path / CRITIC)
+
+
+def laid_out(config: Config) -> dict[str, int]:
+    """How the optimiser's state is cut up into files, by the keys of the config that tell it."""
+    keys = {"learner.ranks": config.learner.ranks, "learner.zero_stage": config.learner.zero_stage}
+    return keys | ({"critic.ranks": critic.learner.ranks} if (critic := config.of_critic) else {})
+
+
+def latest_checkpoint(run_directory: Path) -> Checkpoint | None:
+    """The complete checkpoint with the most steps: a folder gets its name only once all of it is written."""
+    found = []
+    for path in (run_directory / "checkpoints").glob("step-*"):
+        about = json.loads((path / "raygent.json").read_text())
+        found.append(Checkpoint(path, about["step"], about["version"], about.get("laid_out", {})))
+    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
