@@ -4,7 +4,7 @@
 
 NAME: openai_agents, responses, mcp, anthropic_agent, node, langgraph, autogen_chat; all where none is named. `gain` is the
 mean reward after minus before, with its paired bootstrap 95 % interval. Puts each one's figures and curve into
-benchmarks/results/frameworks/ as it ends. About 15 minutes each on 2 cores.
+benchmarks/results/frameworks/ as it ends. About 15 minutes each on 2 cores; of mcp and node, a process a rollout, an hour.
 """
 
 from __future__ import annotations
