@@ -180,7 +180,9 @@ class RunLog:
         summary["seconds"] = seconds_by_part(steps, counts["seconds"])
         sums = ("tokens_sampled", "tokens_trained")
         if any("tokens_sampled" in row for row in steps):  # a run that changes prompts does not count them
-            summary["tokens"] = {name.removeprefix("tokens_"): sum(row.get(name, 0.0) for row in steps) for name in sums}
+            summary["tokens"] = {
+                name.removeprefix("tokens_"): sum(row.get(name, 0.0) for row in steps) for name in sums
+            }
         (self.directory / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         self.wandb.summary.update(summary)
         self.wandb.finish()
