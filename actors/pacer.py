@@ -90,14 +90,19 @@ def _groups(config: Config, name: str, tasks: list[Task], step: int, version: in
 
 
 def eval_rollouts(
-    config: Config, tasks: list[Task], step: int, version: int, prompts: dict[str, PromptVersion] | None = None
+    config: Config,
+    tasks: list[Task],
+    step: int,
+    version: int,
+    prompts: dict[str, PromptVersion] | None = None,
+    depends_on: str = "",
 ) -> list[Rollout]:
     """`evaluate.samples` runs of each held-out task, all at one pinned version and with these prompts.
 
-    The ids tell what the task and the prompts are and what the outcome depends on besides, so that one of others is no rollout
-    that the store has already.
+    The ids tell what the task and the prompts are and what the outcome depends on besides (outcome_of()), so that one of others
+    is no rollout that the store has already.
     """
-    told, prompts = [answered_by(config), judged_by(config), *([prompts] if prompts else [])], prompts or {}
+    told, prompts = [depends_on, *([prompts] if prompts else [])], prompts or {}
     groups = [
         f"eval-{step:06d}-{number:05d}-{digest(task.id, task.input, task.private, *told)}"
         for number, task in enumerate(tasks)
@@ -109,33 +114,38 @@ def eval_rollouts(
     ]
 
 
-def answered_by(config: Config) -> list[Any]:
-    """What an output depends on besides the task, the weights and the prompts. Of files, the text of those that are named."""
+def outcome_of(config: Config) -> str:
+    """A digest of what an outcome depends on besides the task, the weights and the prompts, as it is when this process begins. Of
+    files, the text of those that the config names; what they import is not looked at."""
     template = config.model.chat_template
-    return [
+    return digest(
         config.agent.model_dump(exclude={"train", "policies"}),
-        _text(config, config.agent.run),
+        _texts(config, [config.agent.run or "", *(config.agent.command or [])]),
         config.model.model_dump(exclude={"path", "chat_template"}),
         template and Path(template).read_text(errors="replace"),
+        [config.engine.continuation, config.engine.vllm_arguments()],
         {name: [one.agents, one.base_url, one.model] for name, one in config.upstream.items()},
-    ]
+        judged_by(config),
+    )
 
 
-def judged_by(config: Config) -> list[Any]:
-    """What a reward depends on besides the task and the output: the grader, or else the agent itself."""
-    judge = config.grader.run or config.agent.run
-    return [judge, _text(config, judge), config.grader.failed_reward]
+def judged_by(config: Config) -> str:
+    """The same of a reward, besides the task and the output: the grader, or else the agent itself."""
+    judges = [config.grader.run] if config.grader.run else [config.agent.run or "", *(config.agent.command or [])]
+    return digest(judges, _texts(config, judges), config.grader.failed_reward, config.grader.timeout_s)
 
 
-def _text(config: Config, function: str | None) -> str | None:
-    """Of the file that holds "file.py:function"; None of a function in a package."""
-    file = (function or "").partition(":")[0]
-    return (config.folder / file).read_text(errors="replace") if file.endswith(".py") else None
+def _texts(config: Config, words: list[str]) -> list[str]:
+    """Of the files among `words` beside the TOML, each by its name or as "file.py:function"."""
+    files = [config.folder / word.partition(":")[0] for word in words if word]
+    return [
+        file.read_text(errors="replace") for file in files if os.path.isfile(file)
+    ]  # of a word that is no path False, too
 
 
 def digest(*of: Any) -> str:
     """8 hexadecimal digits of what JSON has of these."""
-    return hashlib.sha256(json.dumps(of).encode()).hexdigest()[:8]
+    return hashlib.sha256(json.dumps(of, default=str).encode()).hexdigest()[:8]
 
 
 def steps_to_admit(config: Config, step: int) -> range:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -182,11 +183,9 @@ def _on_trained(trajectory: Trajectory, rewards: dict[int, float]) -> dict[int, 
     none where there is none, for nothing that is trained had a part in it."""
     found: dict[int, float] = {}
     trained = [node.call["sequence"] for node in trajectory.trainable]
-    for node in trajectory.nodes:
-        sequence = node.call["sequence"]
-        before = [one for one in trained if one <= sequence]
-        if sequence in rewards and before:
-            found[before[-1]] = found.get(before[-1], 0.0) + rewards[sequence]
+    for sequence in sorted(rewards.keys() & {node.call["sequence"] for node in trajectory.nodes}):
+        if before := bisect_right(trained, sequence):
+            found[trained[before - 1]] = found.get(trained[before - 1], 0.0) + rewards[sequence]
     return found
 
 
@@ -338,7 +337,8 @@ def weigh(samples: list[Sample], config: Config) -> None:
     - "constant": each token counts 1 / (R x `algorithm.horizon`), whatever the lengths.
 
     The shares of a policy sum to the part of the rollouts that it acted in (with "token" to its part of the tokens), by which the
-    learner divides: so a policy is weighed as though it were trained alone. But for "constant", so do weight x masked tokens.
+    learner divides: so a policy is weighed as though it were trained alone (and a critic, one for all policies, counts a rollout once
+    for each that acted in it). But for "constant", so do weight x masked tokens.
     """
     aggregation, tokens = config.algorithm.aggregation, Counter[tuple[str, str | None]]()
 

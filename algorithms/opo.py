@@ -13,11 +13,3 @@ from raygent.config import Algorithm
 
 def advantages(episodes: Episodes, settings: Algorithm) -> np.ndarray:
     return estimate("opo", episodes, settings)
-
-
-def check(settings: Algorithm) -> None:
-    for key, right in (("mini_batches", 1), ("staleness", 0)):
-        if getattr(settings, key) != right:
-            raise ValueError(
-                f"algorithm.{key}: the baseline of opo is the best exactly on policy alone; leave {key} out, or use grpo"
-            )

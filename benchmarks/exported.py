@@ -1,8 +1,8 @@
 """Does an exported checkpoint say under plain `vllm serve` what the run's own engine said?
 
-    uv run python benchmarks/exported.py RUN_FOLDER [--calls N]
+    uv run python benchmarks/exported.py CONFIG [section.key=value ...] [--calls N]
 
-Of a finished `raygent train` (full weights) it takes calls that the engine answered greedily with the weights of the newest
+Of the finished `raygent train` with these arguments (full weights) it takes calls that the engine answered greedily with the weights of the newest
 checkpoint, those of the last evaluation, asks `vllm serve` on that checkpoint for the same prompts' tokens, and compares the
 tokens of the replies.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -48,17 +47,19 @@ async def replies(url: str, calls: list[dict[str, Any]], most: int) -> list[list
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("run", type=Path)
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
     parser.add_argument("--calls", type=int, default=500)
-    given = parser.parse_args()
-    config = load(given.run / "config.toml")
-    checkpoint = latest_checkpoint(given.run)
+    given = parser.parse_intermixed_args()
+    config = load(given.config, given.overrides)
+    run = config.run_directory
+    checkpoint = latest_checkpoint(run)
     if checkpoint is None or config.adapters:
-        raise SystemExit(f"{given.run}: no checkpoint with whole weights")
-    table = ds.dataset(given.run / "store" / "calls").to_table(COLUMNS, filter=pc.field("temperature") == 0)
+        raise SystemExit(f"{run}: no checkpoint with whole weights")
+    table = ds.dataset(run / "store" / "calls").to_table(COLUMNS, filter=pc.field("temperature") == 0)
     calls = [call for call in table.to_pylist() if set(call["policy_versions"]) == {checkpoint.version}][: given.calls]
     if not calls:
-        raise SystemExit(f"{given.run}: no greedy call was answered with the weights of {checkpoint.path.name}")
+        raise SystemExit(f"{run}: no greedy call was answered with the weights of {checkpoint.path.name}")
     config.model.path = str(checkpoint.path)
     with vllm_serve(config) as (url, _, wait):
         wait()

@@ -68,7 +68,7 @@ def run(algorithm: str, seed: int, overrides: list[str], toml: Path = HERE / "tr
         "rollouts": sum(row["rollouts"] for row in steps),
         "rollouts_until_reached": until,
         "seconds": sum(summary["seconds"].values()),
-        "rewards": [round(row["reward"], 3) for row in steps],
+        "rewards": [round(row["reward"], 3) for row in steps if "reward" in row],
     }
 
 

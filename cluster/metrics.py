@@ -47,6 +47,7 @@ class RunLog:
         self.evaluations = self.directory / "evaluations.jsonl"
         self.last = time.monotonic()
         self.told: set[str] = set()  # alarms that stand
+        self.judge = judged_by(config)
         self.wandb = self._start_wandb()
 
     def _start_wandb(self) -> Any:
@@ -109,10 +110,11 @@ class RunLog:
     def evaluation(self, step: int, tables: dict[str, pa.Table], summary: dict[str, float]) -> None:
         """One evaluation on the held-out tasks is done."""
         rewards: dict[str, list[float]] = {}
+        digests: dict[str, str] = {}  # with another question, gold or grader it is another task
         for row in tables["rollouts"].select(["task_id", "input", "private", "reward"]).to_pylist():
-            if row["reward"] is not None:  # another question, gold or grader makes another task of it
-                task = f"{row['task_id']} {digest(row['input'], row['private'], judged_by(self.config))}"
-                rewards.setdefault(task, []).append(row["reward"])
+            if row["reward"] is not None:
+                rewards.setdefault(row["task_id"], []).append(row["reward"])
+                digests[row["task_id"]] = digest(row["input"], row["private"], self.judge)
         by_task = {task: sum(values) / len(values) for task, values in rewards.items()}
         if not by_task:
             self.note(
@@ -128,7 +130,7 @@ class RunLog:
         partial = step not in (0, self.config.run.steps)
         if not (partial and any(row["step"] == step and row["by_task"].keys() > by_task.keys() for row in rows)):
             rows = [row for row in rows if row["step"] != step]
-            rows.append({"step": step, **summary, "low": low, "high": high, "by_task": by_task})
+            rows.append({"step": step, **summary, "low": low, "high": high, "by_task": by_task, "digests": digests})
             self._rewrite(self.evaluations, sorted(rows, key=lambda row: row["step"]))
         self.note(
             f"evaluation at step {step}: reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} tasks"
@@ -214,6 +216,10 @@ class RunLog:
                 f"held-out reward on {found['n']} tasks: {found['before']:.3f} before{since}, {found['after']:.3f} after; "
                 f"gain {found['gain']:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] (paired bootstrap)"
             )
+        elif len(evaluations) > 1:
+            self.note(
+                "no gain to tell: the first evaluation and the last have no task in common with the same gold and grader"
+            )
         self.note(f"summary {self.directory / 'summary.json'}, curve {self.directory / 'curve.png'}")
 
     @staticmethod
@@ -249,16 +255,17 @@ def held_out(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     if len(evaluations) < 2:
         return {}
     first, last = evaluations[0], evaluations[-1]
-    tasks = first["by_task"].keys() & last["by_task"].keys()
+    tasks = alike(first, last)
     if not tasks:
         return {}
-    gain, interval = paired_gain(first["by_task"], last["by_task"])
+    before, after = ({task: row["by_task"][task] for task in tasks} for row in (first, last))
+    gain, interval = paired_gain(before, after)
     return {
         "n": len(tasks),
         "before_step": first["step"],
         "after_step": last["step"],
-        "before": sum(first["by_task"][task] for task in tasks) / len(tasks),
-        "after": sum(last["by_task"][task] for task in tasks) / len(tasks),
+        "before": sum(before.values()) / len(tasks),
+        "after": sum(after.values()) / len(tasks),
         "gain": gain,
         "gain_ci95": list(interval),
         "rescued_share": {"before": first["rescued_share"], "after": last["rescued_share"]},
@@ -266,12 +273,22 @@ def held_out(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def alike(one: dict[str, Any], other: dict[str, Any]) -> set[str]:
+    """The tasks that two evaluations have in common, the same in question, gold and grader as far as they are known."""
+    digests, others = one.get("digests", {}), other.get("digests", {})
+    return {
+        task
+        for task in one["by_task"].keys() & other["by_task"].keys()
+        if digests.get(task) == others.get(task) or task not in digests or task not in others
+    }
+
+
 def best_step(evaluations: list[dict[str, Any]]) -> int | None:
     """The step whose evaluation has the best mean reward on the tasks that all of them have, the first of those; None where there
     is no such task. Those that infrastructure lost much of, and those of other tasks than the last has, are left aside."""
     evaluations = [row for row in evaluations if row.get("lost", 0) <= MOST_LOST * len(row["by_task"])]
-    evaluations = [row for row in evaluations if row["by_task"].keys() & evaluations[-1]["by_task"].keys()]
-    tasks = set.intersection(*(set(row["by_task"]) for row in evaluations)) if evaluations else set()
+    evaluations = [row for row in evaluations if alike(row, evaluations[-1])]
+    tasks = set.intersection(*(alike(row, evaluations[-1]) for row in evaluations)) if evaluations else set()
     if not tasks:
         return None
     means = {row["step"]: sum(row["by_task"][task] for task in tasks) / len(tasks) for row in evaluations}

@@ -24,7 +24,7 @@ from raygent.actors.checkpoint import Checkpoint, latest_checkpoint
 from raygent.actors.critic import Critic
 from raygent.actors.engine_handle import EngineFailed, EngineUnavailable, last_line
 from raygent.actors.learner import LearnerGroup
-from raygent.actors.pacer import Versions, measured_before, steps_to_admit
+from raygent.actors.pacer import Versions, measured_before, outcome_of, steps_to_admit
 from raygent.actors.replay_store import ReplayStore
 from raygent.actors.worker_pool import WorkerPool
 from raygent.algorithms.curriculum import Groups
@@ -64,7 +64,7 @@ class Parts:
             beside = self.directory / "config.new"  # a kill between leaves the old file whole
             beside.write_text(config.to_toml())
             beside.replace(self.directory / "config.toml")
-        self.versions = Versions(self.directory)
+        self.versions, self.depends_on = Versions(self.directory), outcome_of(config)
         self.prompts = prompts_in_force(config)
         self.spending = Spending(config)
         self.teacher = Teacher(config) if learn and config.algorithm.teacher_url else None

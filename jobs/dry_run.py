@@ -1,6 +1,7 @@
 """What can be known to be wrong before anything starts, and `raygent train CONFIG --dry-run`, which tells the rest too.
 
-Quick on purpose: no torch, no vLLM is imported for a check; vLLM's names are read from its source.
+Quick on purpose: no torch, no vLLM is imported for a check (but for two tokenizers to be compared); vLLM's names are read from
+its source.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ from raygent.algorithms.named import PROMPT_NAMES
 from raygent.callables import AGENT_OFFERS, arguments, load_callable
 from raygent.cluster.metrics import logged_in
 from raygent.cluster.prompt_table import digest_of, read_prompts, tasks_noted
-from raygent.cluster.teacher import probe
 from raygent.config import OPTIMISER, Config, ConfigError, homes_of, keys_of
 from raygent.families import NONE, parsers
 from raygent.jobs.recorded import batch_of, check_chats
@@ -72,10 +72,12 @@ KV_CACHE = 256 * 2**20  # of an engine on CPU, where engine.kv_cache_memory_byte
 LOGITS_COPIES = 3  # float32 [tokens, vocabulary]: the logits, their log-softmax, the gradient
 
 
-def check(config: Config) -> None:
+def check(config: Config, learn: bool = True) -> None:
     """Raises ConfigError, one line with the key and the mend, for what would fail later on. Parsers that `config` leaves
-    open are set to those of the model's family."""
+    open are set to those of the model's family. `learn`: learners start, and go on from the run's checkpoint."""
     _check_run_directory(config)
+    if learn:
+        _check_checkpoint(config)
     _check_data(config)
     _check_prompts(config)
     _check_model(config)
@@ -127,18 +129,22 @@ def _check_run_directory(config: Config) -> None:
                 f"algorithm.name: {directory} was begun with {algorithm}, and weights and prompts are not changed by one run; "
                 "choose another run.name"
             )
-        checkpoint = latest_checkpoint(directory)
-        for key, value in laid_out(config).items():
-            if checkpoint and config.learners and (then := checkpoint.laid_out.get(key, value)) != value:
-                raise ConfigError(
-                    f"{key}: {value}, and {checkpoint.path} was written with {then}, by which its optimiser's state is cut up; write "
-                    "it as it was, or choose another run.name"
-                )
         now = config.learner.lora and config.learner.lora.model_dump(exclude_none=True)
         if lora != (now, sorted(config.agent.policies)):
             raise ConfigError(
                 f"learner.lora: {directory} was begun with other adapters: {lora[0] or 'none'}, of the policies "
                 f"{', '.join(lora[1]) or 'all agents share'}; write them as they were, or choose another run.name"
+            )
+
+
+def _check_checkpoint(config: Config) -> None:
+    if (checkpoint := latest_checkpoint(config.run_directory)) is None:
+        return
+    for key, value in laid_out(config).items():
+        if (then := checkpoint.laid_out.get(key, value)) != value:
+            raise ConfigError(
+                f"{key}: {value}, and {checkpoint.path} was written with {then}, by which its optimiser's state is cut up; write "
+                "it as it was, or choose another run.name"
             )
 
 
@@ -230,17 +236,23 @@ def _check_teacher(config: Config) -> None:
 
 
 def _same_tokenizer(one: str, other: str) -> bool:
-    """False where they make other tokens. One that is not to be had here, for the hub is away, is not known to."""
+    """False where they make other tokens, or one of this machine is broken. One that is not to be had here, for the hub is away, is
+    not known to make others."""
     if one == other:
         return True
     from transformers import AutoTokenizer
 
-    try:
-        first, second = (AutoTokenizer.from_pretrained(path) for path in (one, other))
-    except (OSError, ValueError):
-        return True
-    text = probe(first)
-    return first.get_vocab() == second.get_vocab() and first(text)["input_ids"] == second(text)["input_ids"]
+    from raygent.cluster.teacher import probe  # and httpx, which takes its time
+
+    found = []
+    for path in (one, other):
+        try:
+            found.append(AutoTokenizer.from_pretrained(path))
+        except (OSError, ValueError):
+            return not Path(path).is_absolute()
+    (first, second), text = found, probe(found[0])
+    same = [tokenizer(text, add_special_tokens=False)["input_ids"] for tokenizer in found]
+    return first.get_vocab() == second.get_vocab() and same[0] == same[1]
 
 
 SEARCHES_BY = {  # what the prompts of a run depend on

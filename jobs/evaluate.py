@@ -39,7 +39,7 @@ def evaluate(parts: Parts, tasks: list[Task]) -> tuple[dict[str, pa.Table], dict
     summary: `reward`, `n` (tasks with a reward), `lost` (those that infrastructure lost), `retried_share` (rollouts of more than one call) and `rescued_share` (mean reward of
     those), `calls` (a rollout), and with several `evaluate.samples` `pass@k`, where a reward of 1 passes.
     """
-    rollouts = eval_rollouts(parts.config, tasks, parts.step, parts.version, parts.prompts)
+    rollouts = eval_rollouts(parts.config, tasks, parts.step, parts.version, parts.prompts, parts.depends_on)
     if stored := len(rollouts) - parts.ask(rollouts):
         print(
             f"{stored} of {len(rollouts)} rollouts of step {parts.step} are in the store from before and are not run again"
@@ -95,4 +95,4 @@ def evaluate_last(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(sys.argv[1:], evaluate_last))
+    sys.exit(run_job(sys.argv[1:], evaluate_last, learn=False))

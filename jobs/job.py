@@ -10,14 +10,14 @@ from raygent.config import Config, ConfigError, load
 from raygent.jobs.dry_run import check
 
 
-def run_job(arguments: list[str], do: Callable[[Config], None]) -> int:
-    """`do(config)` once the config is known to be right; the exit status. Import Ray and torch within `do`, not before."""
+def run_job(arguments: list[str], do: Callable[[Config], None], learn: bool = True) -> int:
+    """`do(config)` once the config is known to be right (see check()); the exit status. Import Ray and torch within `do`, not before."""
     quiet_environment()
     try:
         if not arguments:
             raise ConfigError("CONFIG: missing; give the run's TOML, then overrides as run.steps=20")
         config = load(arguments[0], arguments[1:])
-        check(config)
+        check(config, learn)
         do(config)
     except ConfigError as error:
         print(f"raygent: {error}", file=sys.stderr)

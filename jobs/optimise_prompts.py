@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from raygent.actors.pacer import digest, only
 from raygent.algorithms.prompt_search import Prompts, Search, Trial, split
+from raygent.callables import read_verdict
 from raygent.cluster.metrics import RunLog
 from raygent.cluster.prompt_table import note_tasks, steps_done, write_prompts
 from raygent.config import Config
@@ -55,7 +56,7 @@ def optimise_prompts(config: Config) -> None:
             first, trials.run, trials.ask, told, config.run.steps, settings.max_rollouts, settings.group_size
         )
         parts.step, parts.prompts = 0, search.tree.prompts(search.tree.first)
-        if held_out and not done:
+        if held_out:
             log.evaluation(0, *evaluate(parts, held_out))
         best = importlib.import_module(f"raygent.algorithms.{settings.name}").optimise(
             search, feedback, selection, settings, seed
@@ -130,7 +131,7 @@ class Trials:
             raise RuntimeError(
                 f"the optimiser's model gave no reply to {len(lost)} of {len(texts)} requests; the same command asks again"
             )
-        said = {row["rollout_id"]: output_of([row]) for row in tables["spans"] if row["name"] == "output"}
+        said = {row["rollout_id"]: as_text(value_of([row])) for row in tables["spans"] if row["name"] == "output"}
         return [said.get(rollout.rollout_id) or "" for rollout in rollouts]
 
     def _collect(self, step: int, mode: str, rollouts: dict[str, Rollout]) -> dict[str, list[Row]]:
@@ -144,9 +145,7 @@ class Trials:
         scores = [row["reward"] for row in rows]
         worst, best = (rows[scores.index(end)]["rollout_id"] for end in (min(scores), max(scores)))
         records = {table: rows_of[worst] for table, rows_of in of.items()}
-        given = output_of(of["spans"][best])
-        if not self.config.grader.run and given == json.dumps(max(scores)):
-            given = ""  # it returned its reward
+        given = given_by(value_of(of["spans"][best]), graded=self.config.grader.run is not None)
         return Trial(task, sum(scores) / len(scores), self._transcript(min(scores), records), given)
 
     def _transcript(self, reward: float, records: dict[str, list[Row]]) -> str:
@@ -166,7 +165,7 @@ class Trials:
                 else self.tokenizer.decode(call["response_token_ids"], skip_special_tokens=True)
             )
             lines += [f"[conversation{of}]", *mine, f"assistant: {reply}"]
-        lines.append(f"[output] {output_of(records['spans'])}")
+        lines.append(f"[output] {as_text(value_of(records['spans']))}")
         for attempt in records["attempts"]:
             if attempt["outcome"] == "grader_error":
                 lines.append("[error] the grader failed")  # what it says may tell what the agent is not to know
@@ -187,8 +186,16 @@ def by_rollout(rows: list[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def output_of(spans: list[Row]) -> str:
-    """What the agent returned, as text; "" where it returned nothing."""
+def value_of(spans: list[Row]) -> Any:
+    """What the agent returned; None where it returned nothing."""
     values = [json.loads(span["attributes"]).get("value") for span in spans if span["name"] == "output"]
-    value = values[-1] if values else None
+    return values[-1] if values else None
+
+
+def given_by(value: Any, graded: bool) -> str:
+    """What there is to show of what an agent returned: nothing, where no grader judges and so it is the reward."""
+    return "" if not graded and read_verdict(value, "the agent") else as_text(value)
+
+
+def as_text(value: Any) -> str:
     return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)

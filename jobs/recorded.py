@@ -73,6 +73,8 @@ def _groups(run: str) -> list[list[str]]:
 def read_chats(path: str) -> list[tuple[str, dict[str, Any]]]:
     """The rows of the file, each with the words for its place. Raises ConfigError for one that is no chat."""
     rows = read_rows(path, "data.chats")
+    if path.endswith(".parquet"):
+        rows = [(place, _without_nulls(row)) for place, row in rows]
     for place, row in rows:
         where = f"data.chats: {path} {place}"
         messages = row.get("messages") if isinstance(row, dict) else None
@@ -85,6 +87,13 @@ def read_chats(path: str) -> list[tuple[str, dict[str, Any]]]:
     if not rows:
         raise ConfigError(f'data.chats: {path} holds no chat; a line is {{"messages": [...]}}')
     return rows
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the keys that hold nothing: Parquet gives the objects of a column each other's keys."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def check_chats(config: Config, longest: int) -> None:
@@ -165,7 +174,7 @@ def _rendered(tokenizer: Any, messages: list[Any], tools: Any, where: str, ask: 
 
 
 def _as_templates_want(message: dict[str, Any]) -> dict[str, Any]:
-    """Without keys that hold nothing, as Parquet makes them, and with the arguments of its tool calls as objects (vLLM gives them
+    """Without keys that hold nothing, and with the arguments of its tool calls as objects (vLLM gives them
     so), not as texts of JSON."""
     message = {name: value for name, value in message.items() if value is not None}
     if not message.get("tool_calls"):

@@ -556,11 +556,16 @@ class Config(Section):
             )
         if self.recorded and settings.refills:
             raise ValueError("algorithm.refills: recorded rollouts cannot be replaced by others; leave refills out")
-        if settings.loss == "gpg" and not named.off_policy and (settings.mini_batches > 1 or settings.staleness):
-            key = "mini_batches" if settings.mini_batches > 1 else "staleness"
-            raise ValueError(
-                f"algorithm.{key}: the loss gpg has no ratio to correct for tokens that other weights sampled; leave {key} out"
-            )
+        for key, right in (("mini_batches", 1), ("staleness", 0)):
+            if getattr(settings, key) == right:
+                continue
+            if settings.loss == "gpg" and not named.off_policy:
+                why = "the loss gpg has no ratio to correct for tokens that other weights sampled"
+                raise ValueError(f"algorithm.{key}: {why}; leave {key} out")
+            if (settings.advantage or settings.name) == "opo":
+                raise ValueError(
+                    f"algorithm.{key}: the baseline of opo is the best exactly on policy alone; leave {key} out, or use grpo"
+                )
         if settings.advantage is not None and settings.advantage not in ADVANTAGES:
             why = NO_ADVANTAGES.get(settings.advantage, "verl 0.9.1 has none of that name")
             raise ValueError(

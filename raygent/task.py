@@ -85,14 +85,4 @@ def _parquet_rows(path: Path, key: str) -> list[tuple[str, Any]]:
         raise ConfigError(f"{key}: {path} is not a whole Parquet file: {error}") from error
     except (TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{key}: {path} holds values that JSON has not: {error}; store them as text") from error
-    return [
-        (f"row {number}", {name: _without_nulls(value) for name, value in row.items()})
-        for number, row in enumerate(rows, 1)
-    ]
-
-
-def _without_nulls(value: Any) -> Any:
-    """Without the keys that hold nothing: Parquet gives the objects of a column each other's keys."""
-    if isinstance(value, dict):
-        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
+    return [(f"row {number}", row) for number, row in enumerate(rows, 1)]

@@ -610,6 +610,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "k3": ({"kl": 0.1, "kl_in": "reward", "kl_kind": "k3"}, r"algorithm\.kl_kind: k3 in the reward has not the KL's gradient"),
     "no_ratio": ({"name": "gpg", "mini_batches": 4}, r"algorithm\.mini_batches: the loss gpg has no ratio"),
     "stale": ({"loss": "gpg", "staleness": 1}, r"algorithm\.staleness: the loss gpg has no ratio"),
+    "opo_by_verl": ({"advantage": "opo", "staleness": 1}, r"algorithm\.staleness: the baseline of opo"),
     "opo": ({"name": "opo", "mini_batches": 4}, r"algorithm\.mini_batches: the baseline of opo"),
     "kl of turns": ({"kl": 0.1, "kl_in": "reward", "credit": "turn"}, r'algorithm\.kl_in: credit = "turn"'),
     "kl of sft": ({"name": "sft", "kl": 0.1, "kl_in": "reward"}, r"algorithm\.kl_in: sft is not made of rewards alone"),

@@ -7,7 +7,7 @@ import pytest
 from conversations import call, config, rollout, tables
 
 from raygent.algorithms.batch import make_samples
-from raygent.cluster.metrics import RunLog, choice_metrics, held_out, mismatch, read_lines, seconds_by_part
+from raygent.cluster.metrics import RunLog, best_step, choice_metrics, held_out, mismatch, read_lines, seconds_by_part
 from raygent.jobs.evaluate import evaluate, summarise, tasks_due
 from raygent.records import Task
 
@@ -141,6 +141,11 @@ def test_a_task_with_another_gold_is_another_task(log):
     assert (found["before_step"], found["after_step"]) == (0, 3)
 
 
+def test_an_evaluation_of_an_older_raygent_is_compared_by_the_names_of_its_tasks():
+    rows = [evaluation(0, a=0.5, b=1.0), evaluation(9, a=1.0, b=1.0) | {"lost": 0, "digests": {"a": "1", "b": "2"}}]
+    assert held_out(rows)["n"] == 2 and best_step(rows) == 9
+
+
 def test_an_evaluation_that_is_done_again_stays_in_its_place(log):
     for step in (0, 1, 0):
         log.evaluation(step, ended(1.0), summarise(ended(1.0)))
@@ -182,7 +187,7 @@ def test_an_evaluation_says_what_it_did_not_run(capsys):
     class Stored:
         """Parts whose store has all rollouts but the last from before."""
 
-        config, step, version, prompts = config(), 4, 4, {}
+        config, step, version, prompts, depends_on = config(), 4, 4, {}, ""
 
         def ask(self, rollouts):
             self.rollouts = rollouts

@@ -2,7 +2,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raygent.actors.pacer import Versions, drop_stale, eval_rollouts, refill_rollouts, steps_to_admit, train_rollouts
+from raygent.actors.pacer import (
+    Versions,
+    drop_stale,
+    eval_rollouts,
+    outcome_of,
+    refill_rollouts,
+    steps_to_admit,
+    train_rollouts,
+)
 from raygent.config import Upstream, load
 from raygent.records import SCHEMAS, Task
 
@@ -58,19 +66,23 @@ def test_eval_runs_each_task(config):
     assert [one.rollout_id == two.rollout_id for one, two in zip(rollouts, edited, strict=True)] == [True, False]
 
 
-@pytest.mark.parametrize("change", ["agent", "limit", "judge", "upstream"])
+@pytest.mark.parametrize("change", ["agent", "command", "limit", "judge", "engine", "upstream"])
 def test_what_another_outcome_may_come_of_is_another_evaluation(config, change):
-    (before,) = eval_rollouts(config, [Task("a", 1)], 5, 9)
-    assert before == eval_rollouts(config, [Task("a", 1)], 5, 9)[0]
+    (before,) = eval_rollouts(config, [Task("a", 1)], 5, 9, None, outcome_of(config))
+    assert before == eval_rollouts(config, [Task("a", 1)], 5, 9, None, outcome_of(config))[0]
     if change == "agent":
         (config.folder / "agent.py").write_text("def answer(task, model): return 2.0")
+    elif change == "command":
+        config.agent.command = ["python", "agent.py"]
+    elif change == "engine":
+        config.engine.continuation = "exact"
     elif change == "limit":
         config.model.max_tokens = 5
     elif change == "judge":
         config.grader.failed_reward = -1.0
     else:
         config.upstream = {"big": Upstream(agents=["*"], base_url="http://127.0.0.1/v1", model="big")}
-    (after,) = eval_rollouts(config, [Task("a", 1)], 5, 9)
+    (after,) = eval_rollouts(config, [Task("a", 1)], 5, 9, None, outcome_of(config))
     assert after.rollout_id != before.rollout_id and after.task_id == before.task_id
 
 

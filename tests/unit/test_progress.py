@@ -68,8 +68,8 @@ def test_an_evaluation_that_lost_much_or_was_of_other_tasks_is_not_the_best() ->
     lost = {"step": 40, "lost": 48, "by_task": dict.fromkeys(tasks[:2], 1.0)}
     best = {"step": 60, "lost": 1, "by_task": dict.fromkeys(tasks[1:], 0.8)}
     assert best_step([half, lost, best]) == 60 and best_step([half, lost]) == 20 and best_step([lost]) is None
-    other = {"step": 0, "lost": 0, "by_task": {"t0 of another gold": 1.0}}
-    assert best_step([other, half, best]) == 60
+    first, second = half | {"step": 0, "digests": {"t1": "old"}}, best | {"digests": {"t1": "new"}}
+    assert best_step([first | {"by_task": {"t1": 1.0}}, second]) == 60 and best_step([first, half, second]) == 60
 
 
 def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from raygent.callables import ModelEndpoint
 from raygent.cluster.prompt_table import note_tasks, prompts_in_force, read_prompts, write_prompts
 from raygent.config import Config, ConfigError
 from raygent.jobs import dry_run
+from raygent.jobs.optimise_prompts import given_by
 from raygent.prompts import PROMPTS_VARIABLE, on_trial
 from raygent.records import Task
 from raygent.task import load_tasks
@@ -367,6 +368,12 @@ def test_no_step_begins_over_the_budget():
     search, told = search_of(50, max_rollouts=100, samples=2)
     optimise(apo, search, tasks_per_step=4)
     assert search.rollouts >= 100 and len(told) < 50
+
+
+@pytest.mark.parametrize("reward", [1, 1.0, True, {"reward": 0.5, "rows": 1}])
+def test_a_reward_that_an_agent_returns_is_nothing_to_show(reward):
+    assert given_by(reward, graded=False) == "" != given_by(reward, graded=True)
+    assert given_by("SELECT 1", graded=False) == "SELECT 1" and given_by(None, graded=True) == ""
 
 
 def test_bootstrapping_puts_what_went_well_behind_the_prompt():

@@ -94,13 +94,10 @@ def test_objects_from_parquet_have_their_own_keys(tmp_path: Path) -> None:
     chat = {"messages": [CHATS[0]["messages"][0], {"role": "assistant", "content": "", "tool_calls": calls}]}
     pq.write_table(pa.Table.from_pylist([chat]), tmp_path / "chats.parquet")
     assert [row for _, row in read_chats(str(tmp_path / "chats.parquet"))] == [chat]
-    tasks = [
-        {"id": "1", "input": {"a": 1}, "private": None},
-        {"id": "2", "input": {"b": [{"c": 1}, {"d": 2}]}, "private": 3},
-    ]
-    pq.write_table(pa.Table.from_pylist(tasks), tmp_path / "tasks.parquet")
-    found = load_tasks(tmp_path / "tasks.parquet")
-    assert [task.input for task in found] == [task["input"] for task in tasks] and found[1].private == 3
+    row = {"id": "1", "input": {"a": None}, "private": [{"name": "Bob", "age": None}]}  # of tasks a null may be meant
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "tasks.parquet")
+    (task,) = load_tasks(tmp_path / "tasks.parquet")
+    assert (task.input, task.private) == (row["input"], row["private"])
 
 
 WRONG: dict[str, tuple[Any, str]] = {
