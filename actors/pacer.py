@@ -136,8 +136,9 @@ def judged_by(config: Config) -> str:
 
 
 def _texts(config: Config, words: list[str]) -> list[str]:
-    """Of the files among `words` beside the TOML, each by its name or as "file.py:function"."""
-    files = [config.folder / word.partition(":")[0] for word in words if word]
+    """Of the files beside the TOML that are named in `words`, as "file.py:function", or anywhere in a shell's command."""
+    named = [part for word in words for part in word.split()]
+    files = [config.folder / part.partition(":")[0] for part in named]
     return [
         file.read_text(errors="replace") for file in files if os.path.isfile(file)
     ]  # of a word that is no path False, too

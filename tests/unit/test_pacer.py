@@ -66,6 +66,15 @@ def test_eval_runs_each_task(config):
     assert [one.rollout_id == two.rollout_id for one, two in zip(rollouts, edited, strict=True)] == [True, False]
 
 
+def test_a_program_that_a_shell_runs_is_looked_at_too(config):
+    config.agent.run, config.agent.command = None, ["sh", "-c", 'exec node agent.mjs "$RAYGENT_TASK"']
+    (config.folder / "agent.mjs").write_text("one")
+    before = outcome_of(config)
+    assert before == outcome_of(config)
+    (config.folder / "agent.mjs").write_text("two")
+    assert before != outcome_of(config)
+
+
 @pytest.mark.parametrize("change", ["agent", "command", "limit", "judge", "engine", "upstream"])
 def test_what_another_outcome_may_come_of_is_another_evaluation(config, change):
     (before,) = eval_rollouts(config, [Task("a", 1)], 5, 9, None, outcome_of(config))
