@@ -4,13 +4,14 @@
 
 Of the finished `raygent train` with these arguments (full weights) it takes calls that the engine answered greedily with the weights of the newest
 checkpoint, those of the last evaluation, asks `vllm serve` on that checkpoint for the same prompts' tokens, and compares the
-tokens of the replies.
+tokens of the replies. Calls with tools are left out: vLLM samples those with a strict schema under a grammar.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 from typing import Any
 
 import httpx
@@ -21,7 +22,7 @@ from gateway_cost import vllm_serve
 from raygent.actors.checkpoint import latest_checkpoint
 from raygent.config import POLICY, load
 
-COLUMNS = ["prompt_token_ids", "response_token_ids", "policy_versions", "temperature", "finish_reason"]
+COLUMNS = ["request", "prompt_token_ids", "response_token_ids", "policy_versions", "temperature", "finish_reason"]
 PARALLEL = 16
 
 
@@ -57,7 +58,8 @@ def main() -> None:
     if checkpoint is None or config.adapters:
         raise SystemExit(f"{run}: no checkpoint with whole weights")
     table = ds.dataset(run / "store" / "calls").to_table(COLUMNS, filter=pc.field("temperature") == 0)
-    calls = [call for call in table.to_pylist() if set(call["policy_versions"]) == {checkpoint.version}][: given.calls]
+    calls = [call for call in table.to_pylist() if set(call["policy_versions"]) == {checkpoint.version}]
+    calls = [call for call in calls if "tools" not in json.loads(call["request"])][: given.calls]
     if not calls:
         raise SystemExit(f"{run}: no greedy call was answered with the weights of {checkpoint.path.name}")
     config.model.path = str(checkpoint.path)
