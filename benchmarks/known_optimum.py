@@ -59,7 +59,7 @@ def run(algorithm: str, seed: int, overrides: list[str], toml: Path = HERE / "tr
     summary = json.loads((folder / "summary.json").read_text())
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     reached = [place for place, row in enumerate(steps) if row.get("reward", 0) >= REACHED * OPTIMUM]
-    until = sum(row["rollouts"] for row in steps[: reached[0] + 1]) if reached else float("nan")
+    until = sum(row["rollouts"] for row in steps[: reached[0] + 1]) if reached else None
     held_out = summary["held_out"]
     return {
         "seed": seed,
@@ -87,7 +87,8 @@ def main() -> None:
         found = [run(algorithm, seed, overrides) for seed in range(given.seeds)]
         (RESULTS / f"{algorithm}.json").write_text(json.dumps(found, indent=1) + "\n")
         told = ", ".join(
-            f"{one['before']:.2f} -> {one['after']:.2f} ({one['rollouts_until_reached']:.0f} rollouts)" for one in found
+            f"{one['before']:.3f} -> {one['after']:.3f} ({one['rollouts_until_reached'] or 'not in ' + str(one['rollouts'])} rollouts)"
+            for one in found
         )
         print(f"{algorithm:20} {told}", flush=True)
 
