@@ -18,9 +18,8 @@ class Checkpoint:
     path: Path
     step: int
     version: int
-    laid_out: dict[str, int] = field(
-        default_factory=dict, compare=False
-    )  # see laid_out(); empty in those of older runs
+    # See laid_out(); empty in those of older runs.
+    laid_out: dict[str, int] = field(default_factory=dict, compare=False)
 
     def of_critic(self) -> Checkpoint:
         """The critic's part. Raises ConfigError where there is none."""

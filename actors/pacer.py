@@ -120,7 +120,7 @@ def outcome_of(config: Config) -> str:
     template = config.model.chat_template
     return digest(
         config.agent.model_dump(exclude={"train", "policies"}),
-        _texts(config, [config.agent.run or "", *(config.agent.command or [])]),
+        _texts(config, _agent(config)),
         config.model.model_dump(exclude={"path", "chat_template"}),
         template and Path(template).read_text(errors="replace"),
         [config.engine.continuation, config.engine.vllm_arguments()],
@@ -131,17 +131,20 @@ def outcome_of(config: Config) -> str:
 
 def judged_by(config: Config) -> str:
     """The same of a reward, besides the task and the output: the grader, or else the agent itself."""
-    judges = [config.grader.run] if config.grader.run else [config.agent.run or "", *(config.agent.command or [])]
+    judges = [config.grader.run] if config.grader.run else _agent(config)
     return digest(judges, _texts(config, judges), config.grader.failed_reward, config.grader.timeout_s)
+
+
+def _agent(config: Config) -> list[str]:
+    return [config.agent.run] if config.agent.run else config.agent.command or []
 
 
 def _texts(config: Config, words: list[str]) -> list[str]:
     """Of the files beside the TOML that are named in `words`, as "file.py:function", or anywhere in a shell's command."""
     named = [part for word in words for part in word.split()]
-    files = [config.folder / part.partition(":")[0] for part in named]
-    return [
-        file.read_text(errors="replace") for file in files if os.path.isfile(file)
-    ]  # of a word that is no path False, too
+    paths = [config.folder / part.partition(":")[0] for part in named]
+    # os.path's is False of a word that cannot be a path; Path's raises
+    return [path.read_text(errors="replace") for path in paths if os.path.isfile(path)]
 
 
 def digest(*of: Any) -> str:

@@ -22,19 +22,12 @@ from raygent.records import UPSTREAM, Sample
 LISTS = ["prompt_token_ids", "response_token_ids", "logprobs", "policy_versions"]
 PLAIN = ["rollout_id", "sequence", "agent", "temperature", "trainable", "own_tokens"]
 REPEATED = 4  # tokens of a run that counts as repeated
-# Metrics that a batch without a valid rollout has not.
-OF_ROLLOUTS = (
-    "reward",
-    "reward_std",
-    "turns",
-    "prompt_length",
-    "response_length",
-    "branch_rate",
-    "repetition",
-)
+# Metrics that a batch without a valid rollout has not:
+OF_ROLLOUTS = {"reward", "reward_std", "turns", "prompt_length", "response_length", "branch_rate", "repetition"}
 MOST_AGENTS = 50  # that the metrics tell of one by one
 Row = dict[str, Any]
-Baselines = dict[str, dict[str | None, float]]
+Baselines = dict[str, dict[str | None, float]]  # see _baselines()
+Pools = dict[tuple[str, str], list["Entry"]]  # see _pools()
 Measure = Callable[[str, list[Sample]], list[np.ndarray]]
 
 
@@ -96,13 +89,13 @@ def make_samples(
     """
     baselines = _baselines(greedy, config) if greedy else {}
     entries, sizes, small, seen = _entries(tables, config, baselines)
-    rows = _compared(entries, config)
-    flat = sizes.keys() - small - _telling(entries, config)
-    telling = {id(entry) for entry, _ in rows}
+    pools = _pools(entries)
+    rows = _compared(pools, config)
+    compared = {id(entry) for entry, _ in rows}
     drafts = [
         Draft(entry, trained_tokens(entry.trajectory), to_samples(entry.trajectory, entry.rollout["group_id"], 0.0))
         for entry in entries
-        if entry.trajectory and (id(entry) in telling or not config.algorithm.drop_flat_groups)
+        if entry.trajectory and (id(entry) in compared or not config.algorithm.drop_flat_groups)
     ]
     if whole := [sample for draft in drafts for sample in draft.samples]:
         for what in config.measures:
@@ -120,7 +113,7 @@ def make_samples(
     return samples, _metrics(tables, valid, entries, samples, seen) | {
         "groups": float(len(sizes)),
         "groups_dropped": float(len(small)),
-        "groups_flat": float(len(flat | (sizes.keys() - small - used))),
+        "groups_flat": float(len(sizes.keys() - small - (used & _telling(pools, config)))),
     }
 
 
@@ -136,7 +129,7 @@ def _keep(what: str, drafts: list[Draft], measured: list[np.ndarray]) -> None:
 def lacking_groups(tables: dict[str, pa.Table], config: Config) -> int:
     """How many more groups with signal a step of `algorithm.tasks_per_step` wants."""
     entries, *_ = _entries(tables, config, {})
-    return max(0, config.algorithm.tasks_per_step - len(_telling(entries, config)))
+    return max(0, config.algorithm.tasks_per_step - len(_telling(_pools(entries), config)))
 
 
 def _entries(
@@ -189,10 +182,9 @@ def _on_trained(trajectory: Trajectory, rewards: dict[int, float]) -> dict[int, 
     return found
 
 
-def _compared(entries: list[Entry], config: Config) -> list[tuple[Entry, str]]:
+def _compared(pools: Pools, config: Config) -> list[tuple[Entry, str]]:
     """Those that advantages are computed of, each with the name of what it is compared within. Where groups are compared these are
     not those that nothing is to be compared with, nor, with `algorithm.drop_flat_groups`, those that tell nothing."""
-    pools = _pools(entries)
     if _compares_groups(config):
         every = not config.algorithm.drop_flat_groups
         pools = {
@@ -232,7 +224,7 @@ def _compares_groups(config: Config) -> bool:
     return ADVANTAGES[advantage] if advantage else config.named_algorithm.compares_groups
 
 
-def _pools(entries: list[Entry]) -> dict[tuple[str, str], list[Entry]]:
+def _pools(entries: list[Entry]) -> Pools:
     """Who is compared with whom: the rollouts of a group, agent by agent.
 
     A rollout in which no trained agent acted got its reward all the same: it counts in the comparison of every agent.
@@ -241,7 +233,7 @@ def _pools(entries: list[Entry]) -> dict[tuple[str, str], list[Entry]]:
     for entry in entries:
         if entry.trajectory:
             acting[entry.rollout["group_id"]].add(entry.trajectory.agent)
-    pools: dict[tuple[str, str], list[Entry]] = defaultdict(list)
+    pools: Pools = defaultdict(list)
     for entry in entries:
         group = entry.rollout["group_id"]
         for agent in [entry.trajectory.agent] if entry.trajectory else sorted(acting[group]):
@@ -249,10 +241,10 @@ def _pools(entries: list[Entry]) -> dict[tuple[str, str], list[Entry]]:
     return pools
 
 
-def _telling(entries: list[Entry], config: Config) -> set[str]:
+def _telling(pools: Pools, config: Config) -> set[str]:
     """The groups with signal: all, where rollouts are not compared with others of their group."""
     every = not _compares_groups(config)
-    return {group for (group, _), members in _pools(entries).items() if every or _tells(members, config)}
+    return {group for (group, _), members in pools.items() if every or _tells(members, config)}
 
 
 def _tells(members: list[Entry], config: Config) -> bool:
@@ -340,9 +332,9 @@ def weigh(samples: list[Sample], config: Config) -> None:
     learner divides: so a policy is weighed as though it were trained alone (and a critic, one for all policies, counts a rollout once
     for each that acted in it). But for "constant", so do weight x masked tokens.
     """
-    aggregation, tokens = config.algorithm.aggregation, Counter[tuple[str, str | None]]()
+    aggregation, tokens = config.algorithm.aggregation, Counter[tuple[str, str]]()
 
-    def whole_of(sample: Sample) -> tuple[str, str | None]:
+    def whole_of(sample: Sample) -> tuple[str, str]:
         """What a policy did in a rollout."""
         return sample.rollout_id, config.policy_of(sample.agent)
 

@@ -2,9 +2,9 @@
 
     uv run python benchmarks/exported.py CONFIG [section.key=value ...] [--calls N]
 
-Of the finished `raygent train` with these arguments (full weights) it takes calls that the engine answered greedily with the weights of the newest
-checkpoint, those of the last evaluation, asks `vllm serve` on that checkpoint for the same prompts' tokens, and compares the
-tokens of the replies. Calls with tools are left out: vLLM samples those with a strict schema under a grammar.
+Of the finished `raygent train` with these arguments (full weights) it takes calls that the engine answered greedily with the
+weights of the newest checkpoint, those of the last evaluation, asks `vllm serve` on that checkpoint for as many tokens behind the
+same prompts' tokens, and compares them. A reply's end is one of its tokens. Calls with tools are left out: vLLM samples those with a strict schema under a grammar.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from gateway_cost import vllm_serve
 from raygent.actors.checkpoint import latest_checkpoint
 from raygent.config import POLICY, load
 
-COLUMNS = ["request", "prompt_token_ids", "response_token_ids", "policy_versions", "temperature", "finish_reason"]
+COLUMNS = ["request", "prompt_token_ids", "response_token_ids", "policy_versions", "temperature"]
 PARALLEL = 16
 
 
-async def replies(url: str, calls: list[dict[str, Any]], most: int) -> list[list[int]]:
+async def replies(url: str, calls: list[dict[str, Any]]) -> list[list[int]]:
     """Tokens of what the server says after each call's prompt."""
     turns = asyncio.Semaphore(PARALLEL)
 
@@ -35,7 +35,7 @@ async def replies(url: str, calls: list[dict[str, Any]], most: int) -> list[list
             "model": POLICY,
             "prompt": call["prompt_token_ids"],
             "temperature": 0,
-            "max_tokens": len(call["response_token_ids"]) if call["finish_reason"] == "length" else most,
+            "max_tokens": len(call["response_token_ids"]),
             "return_token_ids": True,
         }
         async with turns:
@@ -65,7 +65,7 @@ def main() -> None:
     config.model.path = str(checkpoint.path)
     with vllm_serve(config) as (url, _, wait):
         wait()
-        found = asyncio.run(replies(url, calls, config.model.max_tokens or 16))
+        found = asyncio.run(replies(url, calls))
     same = sum(reply == call["response_token_ids"] for reply, call in zip(found, calls, strict=True))
     tokens = sum(len(call["response_token_ids"]) for call in calls)
     print(

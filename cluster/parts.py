@@ -26,6 +26,7 @@ from raygent.actors.engine_handle import EngineFailed, EngineUnavailable, last_l
 from raygent.actors.learner import LearnerGroup
 from raygent.actors.pacer import Versions, measured_before, outcome_of, steps_to_admit
 from raygent.actors.replay_store import ReplayStore
+from raygent.actors.segments import write_atomically
 from raygent.actors.worker_pool import WorkerPool
 from raygent.algorithms.curriculum import Groups
 from raygent.cluster.keeper import end_app, start_keeper, stop_keeper
@@ -61,9 +62,7 @@ class Parts:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.evaluates = not learn and not config.changes_prompts  # and so neither begins a run nor goes on with one
         if not (self.evaluates and (self.directory / "config.toml").is_file()):
-            beside = self.directory / "config.new"  # a kill between leaves the old file whole
-            beside.write_text(config.to_toml())
-            beside.replace(self.directory / "config.toml")
+            write_atomically(self.directory / "config.toml", [config.to_toml().encode()])
         self.versions, self.depends_on = Versions(self.directory), outcome_of(config)
         self.prompts = prompts_in_force(config)
         self.spending = Spending(config)

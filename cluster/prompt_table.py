@@ -17,8 +17,6 @@ from raygent.config import Config
 from raygent.records import PROMPTS, PromptVersion, Task, to_batch
 
 Row = dict[str, Any]
-
-
 TASKS = "train-tasks"  # a file of the run: what its training tasks were
 
 
@@ -31,7 +29,7 @@ def note_tasks(run_directory: Path, tasks: list[Task]) -> None:
 
 
 def tasks_noted(run_directory: Path) -> str | None:
-    """The digest_of() the tasks that the run was begun with; None of one not begun."""
+    """digest_of() the tasks that the run was begun with; None of one not begun."""
     file = run_directory / TASKS
     return file.read_text() if file.is_file() else None
 

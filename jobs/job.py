@@ -11,7 +11,8 @@ from raygent.jobs.dry_run import check
 
 
 def run_job(arguments: list[str], do: Callable[[Config], None], learn: bool = True) -> int:
-    """`do(config)` once the config is known to be right (see check()); the exit status. Import Ray and torch within `do`, not before."""
+    """`do(config)` once the config is known to be right (see check()); the exit status. Import Ray and torch within `do`, not
+    before."""
     quiet_environment()
     try:
         if not arguments:

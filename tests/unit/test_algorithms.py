@@ -298,14 +298,20 @@ def test_a_policy_counts_as_though_it_were_trained_alone(aggregation: str) -> No
 def test_what_is_overlong_is_punished() -> None:
     lengths = {"a": 4, "b": 7, "c": 9, "d": 12}  # 6 are free, 10 are too many
     rollouts = [rollout(name, "g", 1.0) for name in lengths]
-    calls = [call(name, 0, [1], [5] * length, trainable=name != "c") for name, length in lengths.items()]
-    calls += [call("c", 1, [2], [], first=9)]
+    calls = [call(name, 0, [1], [5] * length) for name, length in lengths.items()]
     asked = settings_of("dapo", overlong_tokens=10, overlong_buffer=4, normalise_std=False)
     samples, _ = make_samples(tables(rollouts, calls), asked)
     penalties = np.array([0.0, -0.25, -0.75, -1.0])
     for name, value in zip(lengths, penalties - penalties.mean(), strict=True):
-        if name != "c":  # whose tokens count, but are not trained
-            np.testing.assert_allclose(trained(samples, name), value, rtol=1e-5)
+        np.testing.assert_allclose(trained(samples, name), value, rtol=1e-5)
+
+
+def test_tokens_that_are_not_trained_are_long_too() -> None:
+    calls = [call("a", 0, [1], [5] * 4), call("a", 1, [2], [6] * 6, first=4, trainable=False), call("b", 0, [1], [5])]
+    asked = settings_of("dapo", overlong_tokens=10, overlong_buffer=4, normalise_std=False)
+    samples, _ = make_samples(tables([rollout(name, "g", 1.0) for name in "ab"], calls), asked)
+    for name, value in {"a": -0.5, "b": 0.5}.items():
+        np.testing.assert_allclose(trained(samples, name), value, rtol=1e-5)
 
 
 def test_groups_without_signal_are_lacking() -> None:

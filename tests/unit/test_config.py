@@ -437,9 +437,7 @@ def test_a_checkpoint_that_is_cut_up_otherwise(project, capsys, key, now):
     (checkpoint / "raygent.json").write_text(json.dumps(about))
     asked = ["run.name=mine", "learner.ranks=1", "learner.zero_stage=2"]
     dry_run._check_checkpoint(load(project / "train.toml", asked))
-    dry_run.check(
-        load(project / "train.toml", [*asked, f"{key}={now}"]), learn=False
-    )  # an evaluation starts no learners
+    dry_run.check(load(project / "train.toml", [*asked, f"{key}={now}"]), learn=False)  # an evaluation's
     said = refused(capsys, "train", project / "train.toml", *asked, f"{key}={now}")
     assert f"{key}: {now}, and " in said and "write it as it was" in said
 
