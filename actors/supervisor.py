@@ -72,6 +72,7 @@ def start(command, life):
         return child
     try:
         os.setsid()
+        stay_as_nice()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -83,6 +84,16 @@ def start(command, life):
         os.write(2, f"{command[0]}: {error.strerror}\n".encode())
     finally:
         os._exit(127)
+
+
+def stay_as_nice():
+    """Linux with autogroups shares the cores out among sessions: without this a hundred agents, each a session of its own,
+    take a hundred shares, and the engine beside them one, however nice Ray has made its workers."""
+    try:
+        with open("/proc/self/autogroup", "w") as file:
+            file.write(str(os.nice(0)))
+    except OSError:  # there are no autogroups, or this user has set too many within a tenth of a second
+        pass
 
 
 def watch(life, child, memory_mb, processes):

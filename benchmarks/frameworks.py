@@ -2,9 +2,10 @@
 
     uv run python benchmarks/frameworks.py [NAME ...] [section.key=value ...]
 
-NAME: openai_agents, responses, mcp, anthropic_agent, node, langgraph, autogen_chat; all where none is named. `gain` is the
+NAME: openai_agents, responses, mcp, anthropic_agent, node, langgraph, autogen_chat, crew; all where none is named. `gain` is the
 mean reward after minus before, with its paired bootstrap 95 % interval. Puts each one's figures and curve into
-benchmarks/results/frameworks/ as it ends. About 15 minutes each on 2 cores; of mcp and node, a process a rollout, an hour.
+benchmarks/results/frameworks/ as it ends. About 15 minutes each on 2 cores; of mcp, node and crew, a process a rollout, an
+hour.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ EXAMPLE = {  # the TOML, and what is given besides
     "node": ("node.toml", []),
     "langgraph": ("langgraph.toml", []),
     "autogen_chat": ("autogen_chat.toml", []),
+    "crew": ("crew.toml", []),
 }
 
 
@@ -49,7 +51,8 @@ def main() -> None:
     asked = [argument for argument in sys.argv[1:] if "=" not in argument] or list(EXAMPLE)
     if unknown := set(asked) - set(EXAMPLE):
         sys.exit(f"no example {', '.join(sorted(unknown))}; there are {', '.join(EXAMPLE)}")
-    subprocess.run([sys.executable, str(EXAMPLES / "prepare_tools.py")], check=True)
+    for made in sorted({"prepare_crew.py" if name == "crew" else "prepare_tools.py" for name in asked}):
+        subprocess.run([sys.executable, str(EXAMPLES / made)], check=True)
     if "node" in asked and not (EXAMPLES / "node" / "node_modules").is_dir():
         subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=EXAMPLES / "node", check=True)
     for name in asked:

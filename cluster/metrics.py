@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from raygent.actors.pacer import digest, judged_by
+from raygent.actors.segments import write_atomically
 from raygent.actors.task_choice import expected_by_task
 from raygent.algorithms.bootstrap import mean_interval, paired_gain
 from raygent.algorithms.curriculum import Groups
@@ -76,7 +77,7 @@ class RunLog:
         """The run goes on at `step`: what the files tell of later steps did not happen."""
         for path, last in ((self.lines, step - 1), (self.evaluations, step)):
             rows = [row for row in read_lines(path) if row["step"] <= last]
-            self._rewrite(path, rows)
+            rewrite(path, rows)
         if step:
             self.note(f"going on at step {step}")
         self.last = time.monotonic()
@@ -131,7 +132,7 @@ class RunLog:
         if not (partial and any(row["step"] == step and row["by_task"].keys() > by_task.keys() for row in rows)):
             rows = [row for row in rows if row["step"] != step]
             rows.append({"step": step, **summary, "low": low, "high": high, "by_task": by_task, "digests": digests})
-            self._rewrite(self.evaluations, sorted(rows, key=lambda row: row["step"]))
+            rewrite(self.evaluations, sorted(rows, key=lambda row: row["step"]))
         self.note(
             f"evaluation at step {step}: reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} tasks"
             f"{', ' + str(summary['lost']) + ' lost to infrastructure' if summary['lost'] else ''}; "
@@ -222,12 +223,9 @@ class RunLog:
             )
         self.note(f"summary {self.directory / 'summary.json'}, curve {self.directory / 'curve.png'}")
 
-    @staticmethod
-    def _rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
-        """Beside it first, so that a kill between leaves the old file whole."""
-        beside = path.with_suffix(".new")
-        beside.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        beside.replace(path)
+
+def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_atomically(path, [f"{json.dumps(row)}\n".encode() for row in rows])
 
 
 def agents_in(metrics: dict[str, Any]) -> list[str]:

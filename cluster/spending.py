@@ -12,6 +12,7 @@ import logging
 from collections import defaultdict
 from typing import Any
 
+from raygent.actors.segments import write_atomically
 from raygent.config import Config, ConfigError
 
 logger = logging.getLogger("raygent")
@@ -45,9 +46,8 @@ class Spending:
             for name, told in replica["upstreams"].items():
                 self.seen[name][replica["source"]] = told
         self.recorded = recorded or self.recorded
-        beside = self.file.with_suffix(".new")
-        beside.write_text(json.dumps(self.before | {name: self.spent(name) for name in self.config.upstream}))
-        beside.replace(self.file)
+        spent = self.before | {name: self.spent(name) for name in self.config.upstream}
+        write_atomically(self.file, [json.dumps(spent).encode()])
 
     def spent(self, name: str) -> float:
         told = {source: status["cost"] for source, status in self.seen[name].items()}

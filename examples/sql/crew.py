@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 
 os.environ |= {"CREWAI_DISABLE_TELEMETRY": "true", "CREWAI_TESTING": "true"}  # the latter: it prints and asks nothing
 
@@ -45,7 +46,9 @@ def answer(task: dict[str, str]) -> str:
     )
     write = Task(description=f"{task['schema']}\n{task['question']}", expected_output="a query", agent=author)
     test = Task(description="Run the query, correct it.", expected_output="a query", agent=tester, context=[write])
-    return Crew(agents=[author, tester], tasks=[write, test]).kickoff().raw
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # else all crews wait for one SQLite file
+        os.environ["CREWAI_STORAGE_DIR"] = storage
+        return Crew(agents=[author, tester], tasks=[write, test]).kickoff().raw
 
 
 if __name__ == "__main__":

@@ -66,21 +66,32 @@ def main() -> None:
     handoffs = [talk for talk in train if talk["model"] == openai_agents.TRIAGE][:HANDOFFS]
     train = [talk for talk in train if talk["model"] != openai_agents.TRIAGE] + handoffs
     random.Random(SEED).shuffle(train)
+    teach("tool_model", recipe, train, validation)
+    print(f"done in {time.time() - started:.0f} s")
+
+
+def teach(
+    folder: str,
+    recipe: str,
+    train: list[dict[str, Any]],
+    validation: list[dict[str, Any]],
+    encode: Callable[..., tuple[list[int], list[int]]] = encode,
+    context: int = CONTEXT,
+) -> None:
+    """Make the tokenizer and the model of `folder` from recorded conversations. `encode`: the tokens and labels of one."""
     tokenizer = make_tokenizer(train)
-    tokenizer.save_pretrained(HERE / "tool_model")
-    model = make_model(len(tokenizer), SPECIAL.index("<|im_end|>"), CONTEXT)
+    tokenizer.save_pretrained(HERE / folder)
+    model = make_model(len(tokenizer), SPECIAL.index("<|im_end|>"), context)
     encoded, held_out = (
         [encode(tokenizer, talk["messages"], talk["tools"]) for talk in talks] for talks in (train, validation)
     )
     print(
         f"{len(train)} conversations of {sum(len(ids) for ids, _ in encoded) / len(train):.0f} tokens, at most "
-        f"{max(len(ids) for ids, _ in encoded)}; model: {model.num_parameters():,} parameters, {len(tokenizer)} tokens; "
-        f"{time.time() - started:.0f} s"
+        f"{max(len(ids) for ids, _ in encoded)}; model: {model.num_parameters():,} parameters, {len(tokenizer)} tokens"
     )
     warm_up(model, encoded, held_out, ENOUGH, MOST_STEPS)
-    model.save_pretrained(HERE / "tool_model")
-    (HERE / "tool_model/recipe").write_text(recipe)
-    print(f"done in {time.time() - started:.0f} s")
+    model.save_pretrained(HERE / folder)
+    (HERE / folder / "recipe").write_text(recipe)
 
 
 async def record_splits(tasks: dict[str, list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:

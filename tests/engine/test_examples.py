@@ -161,17 +161,11 @@ async def tool_model(module, tasks, tmp_path_factory: pytest.TempPathFactory) ->
     prepare.settle()
     model = prepare.make_model(len(tokenizer), tokenizer.eos_token_id, tools.CONTEXT)
     known = [prepare.encode(tokenizer, talk["messages"], talk["tools"]) for talk in talks]
-    known += [last_reply(tokenizer, prepare, call) for call in in_text]
+    encode_reply = module("prepare_crew").encode_reply
+    known += [encode_reply(tokenizer, call["messages"]) for call in in_text]
     prepare.warm_up(model, known, known, 1.0, 200)
     model.save_pretrained(folder)
     return folder
-
-
-def last_reply(tokenizer: Any, prepare: ModuleType, call: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Only its tokens have labels: CrewAI puts what a tool said into the replies before."""
-    ids, labels = prepare.encode(tokenizer, call["messages"])
-    prompt = tokenizer.apply_chat_template(call["messages"][:-1], add_generation_prompt=True, return_dict=False)
-    return ids, [-100] * len(prompt) + labels[len(prompt) :]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import ray
 
 from raygent.actors.agent_runner import AgentRunner, Recorder
 from raygent.actors.outcomes import outcome_of
-from raygent.actors.subprocess_agent import TASK_BYTES, Tail, last_line, read_events, scrubbed_environment
+from raygent.actors.subprocess_agent import SUPERVISOR, TASK_BYTES, Tail, last_line, read_events, scrubbed_environment
 from raygent.callables import ModelEndpoint
 from raygent.config import Config
 from raygent.jobs.dry_run import _check_command
@@ -62,6 +63,16 @@ def test_what_a_command_finds(tmp_path, monkeypatch):
     assert not [name for name in found if name.startswith("RAY_")]
     span = recorder.spans[0]
     assert span.kind == "stdout" and json.loads(span.attributes)["stdout"].startswith("thinking\n")
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel has no autogroups")
+def test_its_session_is_as_nice_as_its_worker(tmp_path):
+    """Else its share of the cores is a whole session's, whatever Ray's RAY_worker_niceness."""
+    ours, life = socket.socketpair()
+    with ours, life:
+        command = [sys.executable, "-I", "-S", SUPERVISOR, str(life.fileno()), "0", "0", "cat", "/proc/self/autogroup"]
+        told = subprocess.check_output(["nice", "-n", "7", *command], pass_fds=[life.fileno()], text=True)
+    assert told.split()[-1] == str(os.nice(0) + 7)
 
 
 def test_a_program_finds_nothing_of_rays_in_its_environment(cluster, tmp_path):
