@@ -5,7 +5,7 @@
 The tasks (known_optimum/agent.py): a string of one turn, two turns with the credit to be found out, and rollouts that split
 into two conversations, in one batch, from a model of 0.1M random weights. The optimum is a mean reward of 1. Puts each
 algorithm's figures into benchmarks/results/known_optimum/: the mean reward on 24 held-out tasks x 8 samples, before and after
-each seed's run, and how many rollouts it took until a step's mean reward was 0.9.
+each seed's run, and how many rollouts it took until a step's mean reward was 0.9; and all their curves into one picture.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,30 @@ def run(algorithm: str, seed: int, overrides: list[str], toml: Path = HERE / "tr
     }
 
 
+def draw(path: Path) -> None:
+    """The mean reward of training, over the seeds, of all algorithms that have figures."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for algorithm in ALGORITHMS:
+        file = RESULTS / f"{algorithm}.json"
+        if file.is_file():
+            seeds = json.loads(file.read_text())
+            length = min(len(one["rewards"]) for one in seeds)
+            mean = [statistics.fmean(one["rewards"][step] for one in seeds) for step in range(length)]
+            axes.plot(range(1, length + 1), mean, label=algorithm)
+    axes.axhline(REACHED * OPTIMUM, color="0.7", linestyle="--")
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("arguments", nargs="*")
@@ -91,6 +116,7 @@ def main() -> None:
             for one in found
         )
         print(f"{algorithm:20} {told}", flush=True)
+        draw(RESULTS / "curves.png")
 
 
 if __name__ == "__main__":

@@ -91,10 +91,15 @@ def make_data() -> dict[str, list[dict[str, Any]]]:
     write_databases()
     tasks = {split: make_tasks(split, each) for split, each in EACH.items()}
     for split, rows in tasks.items():
-        (HERE / f"data/{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_tasks(split, rows)
         gold = {row["private"]["sql"] for row in rows}
         print(f"{split}: {len(rows)} questions, {len(gold)} gold queries")
+    write_tasks("test_half", tasks["test"][::2])  # for agents that start a process a rollout
     return tasks
+
+
+def write_tasks(name: str, rows: list[dict[str, Any]]) -> None:
+    (HERE / f"data/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def demonstrate(task: dict[str, Any]) -> Messages:

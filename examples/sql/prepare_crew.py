@@ -33,8 +33,6 @@ def main() -> None:
         return
     settle()
     tasks = make_data()
-    half = "".join(json.dumps(task) + "\n" for task in tasks["test"][::2])
-    (HERE / "data/test_half.jsonl").write_text(half)
     train, validation = (record(tasks[split][:number]) for split, number in TASKS.items())
     print(f"recorded after {time.time() - started:.0f} s")
     teach("crew_model", recipe, train, [call for call in validation if corrects(call)], encode_reply, CONTEXT)
