@@ -15,6 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from raygent.actors.checkpoint import latest_checkpoint
+
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "sql"
 RUNS = ROOT / "runs" / "imitation"
@@ -34,9 +36,10 @@ def main() -> None:
     overrides = sys.argv[1:]
     subprocess.run([sys.executable, str(EXAMPLE / "prepare.py")], check=True)
     found = {"grpo": run("grpo", overrides)}
-    checkpoint = max((RUNS / "grpo" / "checkpoints").glob("step-*"))
+    checkpoint = latest_checkpoint(RUNS / "grpo")
+    assert checkpoint
     found["sft"] = run("sft", [f"data.rollouts={RUNS / 'grpo'}", *overrides])
-    found["distill"] = run("distill", [f"algorithm.teacher={checkpoint}", *overrides])
+    found["distill"] = run("distill", [f"algorithm.teacher={checkpoint.path}", *overrides])
     RESULTS.write_text(json.dumps(found, indent=1) + "\n")
     for name, told in found.items():
         held_out = told["held_out"]

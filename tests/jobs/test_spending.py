@@ -56,7 +56,7 @@ def test_a_run_ends_at_its_limit_and_goes_on_under_a_higher_one(tmp_path):
             ended.returncode != 0 and "upstream.vendor.max_cost: the run has spent 0.1" in ended.stdout + ended.stderr
         )
         assert "Traceback" not in ended.stdout + ended.stderr
-        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-1"]
+        assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000001"]
         assert 34 <= len(vendor.requests) <= 42  # with those that were on their way: max_parallel is 8
         (run / "upstreams.json").unlink()  # what a kill may leave unwritten, the store knows
         refused = train(tmp_path)
