@@ -11,16 +11,13 @@ benchmarks/results/against_trl.json.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
-from pathlib import Path
 
 import known_optimum
 import numpy as np
+from whole_runs import RESULTS, ROOT, save
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "against_trl.json"
 RUNS = ROOT / "runs" / "against_trl"
 sys.path.insert(0, str(known_optimum.HERE))
 
@@ -86,7 +83,7 @@ def main() -> None:
     print(f"raygent - trl, mean reward over the run: {difference:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}]")
     told = {"difference": difference, "interval95": [low, high], "steps": given.steps}
     curves = {name: [[round(value, 4) for value in curve] for curve in found] for name, found in curves.items()}
-    RESULTS.write_text(json.dumps(told | curves, indent=1) + "\n")
+    save(RESULTS / "against_trl.json", told | curves)
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLES = ROOT / "examples" / "sql"
+import whole_runs
+from whole_runs import ROOT, SQL, print_gains, save, train
+
 RUNS = ROOT / "runs" / "frameworks"
-RESULTS = ROOT / "benchmarks" / "results" / "frameworks"
+RESULTS = whole_runs.RESULTS / "frameworks"
 EXAMPLE = {  # the TOML, and what is given besides
     "openai_agents": ("openai_agents.toml", []),
     "responses": ("openai_agents.toml", ["agent.run=openai_agents.py:answer_by_responses"]),
@@ -35,14 +35,9 @@ EXAMPLE = {  # the TOML, and what is given besides
 def run(name: str, overrides: list[str]) -> None:
     toml, own = EXAMPLE[name]
     folder = RUNS / name
-    shutil.rmtree(folder, ignore_errors=True)
-    where = [f"run.directory={RUNS}", f"run.name={name}"]
-    command = [sys.executable, "-m", "raygent.cli", "train", str(EXAMPLES / toml), *where, *own, *overrides]
-    subprocess.run(command, check=True)
-    summary = json.loads((folder / "summary.json").read_text())
-    told = {key: summary[key] for key in ("steps", "held_out", "seconds", "mismatch", "rollouts", "tokens")}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
+    summary = train(SQL / toml, folder, [*own, *overrides])
+    keys = ("steps", "held_out", "seconds", "mismatch", "rollouts", "tokens")
+    save(RESULTS / f"{name}.json", {key: summary[key] for key in keys})
     shutil.copy(folder / "curve.png", RESULTS / f"{name}.png")
 
 
@@ -52,18 +47,12 @@ def main() -> None:
     if unknown := set(asked) - set(EXAMPLE):
         sys.exit(f"no example {', '.join(sorted(unknown))}; there are {', '.join(EXAMPLE)}")
     for made in sorted({"prepare_crew.py" if name == "crew" else "prepare_tools.py" for name in asked}):
-        subprocess.run([sys.executable, str(EXAMPLES / made)], check=True)
-    if "node" in asked and not (EXAMPLES / "node" / "node_modules").is_dir():
-        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=EXAMPLES / "node", check=True)
+        subprocess.run([sys.executable, str(SQL / made)], check=True)
+    if "node" in asked and not (SQL / "node" / "node_modules").is_dir():
+        subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=SQL / "node", check=True)
     for name in asked:
         run(name, overrides)
-    print(f"{'example':16} {'n':>4} {'before':>7} {'after':>7} {'gain':>7}  95 % interval")
-    for name in asked:
-        found = json.loads((RESULTS / f"{name}.json").read_text())["held_out"]
-        low, high = found["gain_ci95"]
-        print(
-            f"{name:16} {found['n']:4} {found['before']:7.3f} {found['after']:7.3f} {found['gain']:+7.3f}  [{low:+.3f}, {high:+.3f}]"
-        )
+    print_gains({name: json.loads((RESULTS / f"{name}.json").read_text())["held_out"] for name in asked})
 
 
 if __name__ == "__main__":

@@ -9,44 +9,31 @@ with its paired bootstrap 95 % interval. Puts the figures into benchmarks/result
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
+
+from whole_runs import RESULTS, ROOT, SQL, print_gains, save, train
 
 from raygent.actors.checkpoint import latest_checkpoint
 
-ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "examples" / "sql"
 RUNS = ROOT / "runs" / "imitation"
-RESULTS = ROOT / "benchmarks" / "results" / "imitation.json"
 
 
 def run(name: str, overrides: list[str]) -> dict:
-    shutil.rmtree(RUNS / name, ignore_errors=True)
-    where = [f"run.directory={RUNS}", f"run.name={name}", f"algorithm.name={name}", "evaluate.every=0"]
-    command = [sys.executable, "-m", "raygent.cli", "train", str(EXAMPLE / "train.toml"), *where, *overrides]
-    subprocess.run(command, check=True)
-    summary = json.loads((RUNS / name / "summary.json").read_text())
+    summary = train(SQL / "train.toml", RUNS / name, [f"algorithm.name={name}", "evaluate.every=0", *overrides])
     return {key: summary[key] for key in ("steps", "held_out", "seconds", "rollouts")}
 
 
 def main() -> None:
     overrides = sys.argv[1:]
-    subprocess.run([sys.executable, str(EXAMPLE / "prepare.py")], check=True)
+    subprocess.run([sys.executable, str(SQL / "prepare.py")], check=True)
     found = {"grpo": run("grpo", overrides)}
     checkpoint = latest_checkpoint(RUNS / "grpo")
     assert checkpoint
     found["sft"] = run("sft", [f"data.rollouts={RUNS / 'grpo'}", *overrides])
     found["distill"] = run("distill", [f"algorithm.teacher={checkpoint.path}", *overrides])
-    RESULTS.write_text(json.dumps(found, indent=1) + "\n")
-    for name, told in found.items():
-        held_out = told["held_out"]
-        low, high = held_out["gain_ci95"]
-        print(
-            f"{name:8} {held_out['n']:4} {held_out['before']:.3f} -> {held_out['after']:.3f}  {held_out['gain']:+.3f} [{low:+.3f}, {high:+.3f}]"
-        )
+    save(RESULTS / "imitation.json", found)
+    print_gains({name: told["held_out"] for name, told in found.items()})
 
 
 if __name__ == "__main__":

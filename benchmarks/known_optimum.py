@@ -12,21 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from tiny_model import make_tiny_model  # noqa: E402
+import whole_runs
+from tiny_model import make_tiny_model
+from whole_runs import ROOT, save, train
+
+from raygent.cluster.metrics import reward_axes
 
 HERE = ROOT / "benchmarks" / "known_optimum"
 RUNS = ROOT / "runs" / "known_optimum"
-RESULTS = ROOT / "benchmarks" / "results" / "known_optimum"
+RESULTS = whole_runs.RESULTS / "known_optimum"
 Row = dict[str, Any]
 OPTIMUM, REACHED = 1.0, 0.9
 KINDS = ("string", "turns", "split")
@@ -51,13 +52,9 @@ def prepare(folder: Path, kinds: tuple[str, ...] = KINDS) -> None:
 
 def run(algorithm: str, seed: int, overrides: list[str], toml: Path = HERE / "train.toml", runs: Path = RUNS) -> Row:
     """What came of one `raygent train`."""
-    name = f"{algorithm}-{seed}"
-    folder = runs / name
-    shutil.rmtree(folder, ignore_errors=True)
-    where = [f"run.directory={runs}", f"run.name={name}", f"run.seed={seed}"]
-    own = [f"algorithm.name={algorithm}", *ALGORITHMS[algorithm]]
-    subprocess.run([sys.executable, "-m", "raygent.cli", "train", str(toml), *where, *own, *overrides], check=True)
-    summary = json.loads((folder / "summary.json").read_text())
+    folder = runs / f"{algorithm}-{seed}"
+    own = [f"run.seed={seed}", f"algorithm.name={algorithm}", *ALGORITHMS[algorithm]]
+    summary = train(toml, folder, [*own, *overrides])
     steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     reached = [place for place, row in enumerate(steps) if row.get("reward", 0) >= REACHED * OPTIMUM]
     until = sum(row["rollouts"] for row in steps[: reached[0] + 1]) if reached else None
@@ -75,26 +72,15 @@ def run(algorithm: str, seed: int, overrides: list[str], toml: Path = HERE / "tr
 
 def draw(path: Path) -> None:
     """The mean reward of training, over the seeds, of all algorithms that have figures."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 5))
-    for algorithm in ALGORITHMS:
-        file = RESULTS / f"{algorithm}.json"
-        if file.is_file():
-            seeds = json.loads(file.read_text())
-            length = min(len(one["rewards"]) for one in seeds)
-            mean = [statistics.fmean(one["rewards"][step] for one in seeds) for step in range(length)]
-            axes.plot(range(1, length + 1), mean, label=algorithm)
-    axes.axhline(REACHED * OPTIMUM, color="0.7", linestyle="--")
-    axes.set_xlabel("step")
-    axes.set_ylabel("mean reward")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with reward_axes(path) as axes:
+        for algorithm in ALGORITHMS:
+            file = RESULTS / f"{algorithm}.json"
+            if file.is_file():
+                seeds = json.loads(file.read_text())
+                length = min(len(one["rewards"]) for one in seeds)
+                mean = [statistics.fmean(one["rewards"][step] for one in seeds) for step in range(length)]
+                axes.plot(range(1, length + 1), mean, label=algorithm)
+        axes.axhline(REACHED * OPTIMUM, color="0.7", linestyle="--")
 
 
 def main() -> None:
@@ -107,10 +93,9 @@ def main() -> None:
     if unknown := set(asked) - set(ALGORITHMS):
         sys.exit(f"no {', '.join(sorted(unknown))} here; there are {', '.join(ALGORITHMS)}")
     prepare(HERE)
-    RESULTS.mkdir(parents=True, exist_ok=True)
     for algorithm in asked:
         found = [run(algorithm, seed, overrides) for seed in range(given.seeds)]
-        (RESULTS / f"{algorithm}.json").write_text(json.dumps(found, indent=1) + "\n")
+        save(RESULTS / f"{algorithm}.json", found)
         told = ", ".join(
             f"{one['before']:.3f} -> {one['after']:.3f} ({one['rollouts_until_reached'] or 'not in ' + str(one['rollouts'])} rollouts)"
             for one in found

@@ -9,30 +9,21 @@ prompts is read from the store. Writes benchmarks/results/prompts/NAME.json.
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 from prompt_stub import serving
+from whole_runs import RESULTS, ROOT, SQL, print_gains, save, train
 
-ROOT = Path(__file__).resolve().parent.parent
-TOML = ROOT / "examples" / "sql" / "prompts.toml"
 RUNS = ROOT / "runs" / "prompts"
-RESULTS = ROOT / "benchmarks" / "results" / "prompts"
 OVERRIDES = {"apo": [], "gepa": ["run.steps=40"]}
 
 
 def run(name: str, base_url: str, overrides: list[str]) -> dict:
     folder = RUNS / name
-    shutil.rmtree(folder, ignore_errors=True)
-    where = [f"run.directory={RUNS}", f"run.name={name}", f"algorithm.name={name}"]
-    where.append(f"upstream.reviser.base_url={base_url}")
-    command = [sys.executable, "-m", "raygent.cli", "train", str(TOML), *where, *OVERRIDES[name], *overrides]
-    subprocess.run(command, check=True)
-    summary = json.loads((folder / "summary.json").read_text())
+    own = [f"algorithm.name={name}", f"upstream.reviser.base_url={base_url}", *OVERRIDES[name]]
+    summary = train(SQL / "prompts.toml", folder, [*own, *overrides])
     tree = pq.read_table(folder / "store" / "prompts").to_pylist()
     calls = pq.read_table(folder / "store" / "calls", columns=["policy"])["policy"].to_pylist()
     told = {key: summary[key] for key in ("steps", "held_out", "seconds", "rollouts")}
@@ -44,21 +35,15 @@ def main() -> None:
     asked = [argument for argument in sys.argv[1:] if "=" not in argument] or list(OVERRIDES)
     if unknown := set(asked) - set(OVERRIDES):
         sys.exit(f"no algorithm {', '.join(sorted(unknown))} here; there are {', '.join(OVERRIDES)}")
-    if not (TOML.parent / "model").is_dir():
-        subprocess.run([sys.executable, str(TOML.parent / "prepare.py")], check=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, str(SQL / "prepare.py")], check=True)
+    held_out = {}
     with serving() as base_url:
         for name in asked:
             found = run(name, base_url, overrides)
-            (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{'algorithm':10} {'n':>4} {'first':>7} {'best':>7} {'gain':>7}  95 % interval      prompts")
-    for name in asked:
-        found = json.loads((RESULTS / f"{name}.json").read_text())
-        held_out = found["held_out"]
-        low, high = held_out["gain_ci95"]
-        print(
-            f"{name:10} {held_out['n']:4} {held_out['before']:7.3f} {held_out['after']:7.3f} {held_out['gain']:+7.3f}  [{low:+.3f}, {high:+.3f}]  {len(found['prompts'])}"
-        )
+            save(RESULTS / "prompts" / f"{name}.json", found)
+            held_out[name] = found["held_out"]
+            print(f"{name}: {len(found['prompts'])} prompts in the store")
+    print_gains(held_out)
 
 
 if __name__ == "__main__":

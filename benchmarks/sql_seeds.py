@@ -8,14 +8,11 @@ minus before, with its paired bootstrap 95 % interval. Writes benchmarks/results
 
 from __future__ import annotations
 
-import json
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-TOML = ROOT / "examples" / "sql" / "train.toml"
+from whole_runs import RESULTS, ROOT, SQL, print_gains, save, train
+
 RUNS = ROOT / "runs" / "benchmark"
 VARIANTS = {
     "seed 1": ["run.seed=1"],
@@ -27,32 +24,15 @@ VARIANTS = {
 
 
 def run(name: str, overrides: list[str]) -> dict:
-    folder = RUNS / name.replace(" ", "-")
-    shutil.rmtree(folder, ignore_errors=True)
-    where = [f"run.directory={RUNS}", f"run.name={folder.name}"]
-    subprocess.run([sys.executable, "-m", "raygent.cli", "train", str(TOML), *where, *overrides], check=True)
-    summary = json.loads((folder / "summary.json").read_text())
-    return {
-        "variant": name,
-        "held_out": summary["held_out"],
-        "seconds": summary["seconds"],
-        "mismatch": summary["mismatch"],
-    }
+    summary = train(SQL / "train.toml", RUNS / name.replace(" ", "-"), overrides)
+    return {"variant": name, **{key: summary[key] for key in ("held_out", "seconds", "mismatch")}}
 
 
 def main() -> None:
-    if not (TOML.parent / "model").is_dir():
-        subprocess.run([sys.executable, str(TOML.parent / "prepare.py")], check=True)
+    subprocess.run([sys.executable, str(SQL / "prepare.py")], check=True)
     results = [run(name, overrides + sys.argv[1:]) for name, overrides in VARIANTS.items()]
-    (ROOT / "benchmarks" / "results").mkdir(exist_ok=True)
-    (ROOT / "benchmarks" / "results" / "sql_seeds.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{'variant':18} {'n':>4} {'before':>7} {'after':>7} {'gain':>7}  95 % interval")
-    for result in results:
-        held_out = result["held_out"]
-        low, high = held_out["gain_ci95"]
-        print(
-            f"{result['variant']:18} {held_out['n']:4} {held_out['before']:7.3f} {held_out['after']:7.3f} {held_out['gain']:+7.3f}  [{low:+.3f}, {high:+.3f}]"
-        )
+    save(RESULTS / "sql_seeds.json", results)
+    print_gains({result["variant"]: result["held_out"] for result in results})
 
 
 if __name__ == "__main__":

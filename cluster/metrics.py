@@ -6,6 +6,8 @@ import json
 import secrets
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -351,22 +353,29 @@ def _curriculum_metrics(tasks: list[Task], rows: list[dict[str, Any]], measured:
 
 
 def draw_curve(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]], path: Path) -> None:
+    with reward_axes(path) as axes:
+        if rewarded := [row for row in steps if "reward" in row]:
+            places = [row["step"] + 1 for row in rewarded]
+            axes.plot(places, [row["reward"] for row in rewarded], color="0.7", label="training")
+        if evaluations:
+            middle = [row["reward"] for row in evaluations]
+            below = [max(row["reward"] - row["low"], 0) for row in evaluations]
+            above = [max(row["high"] - row["reward"], 0) for row in evaluations]
+            axes.errorbar(
+                [row["step"] for row in evaluations], middle, [below, above], marker="o", capsize=3, label="held out"
+            )
+
+
+@contextmanager
+def reward_axes(path: Path) -> Iterator[Any]:
+    """Matplotlib's axes of a curve of mean rewards over steps, which is saved at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4))
-    if rewarded := [row for row in steps if "reward" in row]:
-        places = [row["step"] + 1 for row in rewarded]
-        axes.plot(places, [row["reward"] for row in rewarded], color="0.7", label="training")
-    if evaluations:
-        middle = [row["reward"] for row in evaluations]
-        below = [max(row["reward"] - row["low"], 0) for row in evaluations]
-        above = [max(row["high"] - row["reward"], 0) for row in evaluations]
-        axes.errorbar(
-            [row["step"] for row in evaluations], middle, [below, above], marker="o", capsize=3, label="held out"
-        )
+    yield axes
     axes.set_xlabel("step")
     axes.set_ylabel("mean reward")
     axes.legend()
