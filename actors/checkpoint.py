@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from raygent.config import Config, ConfigError
+from raygent.records import PromptVersion
 
 CRITIC = "critic"  # the folder of its part in a checkpoint
 
@@ -20,6 +21,8 @@ class Checkpoint:
     version: int
     # See laid_out(); empty in those of older runs.
     laid_out: dict[str, int] = field(default_factory=dict, compare=False)
+    # The prompts in force, by name, where they are improved in turn with the weights.
+    prompts: dict[str, PromptVersion] = field(default_factory=dict, compare=False)
 
     def of_critic(self) -> Checkpoint:
         """The critic's part. Raises ConfigError where there is none."""
@@ -41,5 +44,6 @@ def latest_checkpoint(run_directory: Path) -> Checkpoint | None:
     found = []
     for path in (run_directory / "checkpoints").glob("step-*"):
         about = json.loads((path / "raygent.json").read_text())
-        found.append(Checkpoint(path, about["step"], about["version"], about.get("laid_out", {})))
+        rest = (about.get(key, {}) for key in ("laid_out", "prompts"))
+        found.append(Checkpoint(path, about["step"], about["version"], *rest))
     return max(found, key=lambda checkpoint: checkpoint.step, default=None)

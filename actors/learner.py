@@ -29,7 +29,7 @@ from raygent.actors.micro_batches import MicroBatch, Share, deal, micro_batches
 from raygent.actors.working_folder import localised, working_folder
 from raygent.algorithms.loss import kl_loss
 from raygent.config import POLICY, Config, check_loss
-from raygent.records import Sample
+from raygent.records import PromptVersion, Sample
 
 logger = logging.getLogger("raygent")
 PLACEMENT_DEADLINE_S = 1800.0
@@ -443,9 +443,15 @@ class LearnerGroup:
     def push(self, engine: Any, version: int) -> dict[str, float]:
         return self._all("push", engine, version)[0]
 
-    def save(self, step: int, version: int, critic: LearnerGroup | None = None) -> Checkpoint:
+    def save(
+        self,
+        step: int,
+        version: int,
+        critic: LearnerGroup | None = None,
+        prompts: dict[str, PromptVersion] | None = None,
+    ) -> Checkpoint:
         """A checkpoint `checkpoints/step-N/`, complete once it has that name, with the critic's in `critic/`; older ones beyond
-        keep_checkpoints go."""
+        keep_checkpoints go. `prompts`: see Checkpoint."""
         root = self.directory / "checkpoints"
         final, partial = root / f"step-{step:06d}", root / f".step-{step:06d}.partial"
         for left in root.glob(".step-*"):  # by a process that was killed
@@ -455,7 +461,7 @@ class LearnerGroup:
             self._all("save", str(partial))
             if critic:
                 critic._all("save", str(partial / CRITIC))
-            about = {"step": step, "version": version, "laid_out": laid_out(self.config)}
+            about = {"step": step, "version": version, "laid_out": laid_out(self.config), "prompts": prompts or {}}
             (partial / "raygent.json").write_text(json.dumps(about) + "\n")
             os.sync()
             partial.rename(final)

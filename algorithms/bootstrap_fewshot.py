@@ -32,7 +32,7 @@ def optimise(search: Search, feedback: list[Task], selection: list[Task], settin
         for _ in range(settings.edits if pool else 0):
             number = dice.randint(1, min(settings.demonstrations, len(pool)))
             name, chosen = dice.choice(sorted(first)), dice.sample(pool, number)
-            text = "\n\n".join([search.first[name], "Examples:", *chosen])
+            text = "\n\n".join([search.tree.texts(first)[name], "Examples:", *chosen])
             candidate = search.tree.grow(first, name, text, "bootstrap", search.step)
             if candidate not in known + candidates:
                 candidates.append(candidate)

@@ -22,13 +22,13 @@ def optimise(search: Search, feedback: list[Task], selection: list[Task], settin
 
     adapter: Any = Adapter(search)
     gepa.optimize(
-        seed_candidate=search.first,
+        seed_candidate=search.tree.texts(search.tree.first),
         trainset=feedback,
         valset=selection,
         adapter=adapter,
         reflection_lm=adapter.reflect,
         reflection_minibatch_size=min(settings.tasks_per_step, len(feedback)),
-        use_merge=len(search.first) > 1,
+        use_merge=len(search.tree.first) > 1,
         skip_perfect_score=False,  # rewards have no bound that would be perfect
         stop_callbacks=adapter.is_over,
         logger=Quiet(),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,11 +50,23 @@ class Version:
 
 
 class Tree:
-    """All versions of all prompts; none is ever taken out."""
+    """All versions of all prompts; none is ever taken out.
 
-    def __init__(self, first: dict[str, str]) -> None:
-        self.of = {name: [Version(name, 0, [], text, "first", 0)] for name, text in first.items()}
-        self.first: Candidate = dict.fromkeys(first, 0)
+    first: the texts that a search begins with, by name. rows: of the table `prompts`, what searches before it left there.
+    """
+
+    def __init__(self, first: dict[str, str], rows: Iterable[dict[str, Any]] = ()) -> None:
+        self.of: dict[str, list[Version]] = {name: [] for name in first}
+        for row in rows:
+            self.of[row["name"]].append(Version(**{key: value for key, value in row.items() if key != "best"}))
+        self.first: Candidate = {}
+        for name, text in first.items():
+            number = self.find(name, text)
+            if number is None:
+                number = len(self.of[name])
+                self.of[name].append(Version(name, number, [], text, "first", 0))
+            self.first[name] = number
+        self.scored: set[tuple[str, int]] = set()  # in this search: a score from before it was of other weights
 
     def __len__(self) -> int:
         return sum(map(len, self.of.values()))
@@ -82,8 +94,9 @@ class Tree:
         """`candidate` has that mean score on so many selection tasks."""
         for name, number in candidate.items():
             version = self.of[name][number]
-            if version.score is None or score > version.score:
+            if (name, number) not in self.scored or score > (version.score or 0.0):
                 version.score, version.tasks = score, tasks
+            self.scored.add((name, number))
 
     def rows(self, best: Candidate) -> list[dict[str, Any]]:
         """Of the table `prompts`."""
@@ -103,7 +116,7 @@ class Search:
     `steps`, or once there were `max_rollouts` (0: no limit).
     """
 
-    first: dict[str, str]
+    tree: Tree
     run: Callable[[int, list[tuple[Prompts, Task]]], list[Trial]]
     reply: Callable[[int, list[str]], list[str]]
     told: Callable[[Search], object]
@@ -118,7 +131,6 @@ class Search:
     best_score: float = float("-inf")
 
     def __post_init__(self) -> None:
-        self.tree = Tree(self.first)
         self.best = self.tree.first
 
     def evaluate(self, candidates: list[Candidate], tasks: list[Task]) -> list[list[Trial]]:

@@ -64,7 +64,6 @@ class Parts:
         if not (self.evaluates and (self.directory / "config.toml").is_file()):
             write_atomically(self.directory / "config.toml", [config.to_toml().encode()])
         self.versions, self.depends_on = Versions(self.directory), outcome_of(config)
-        self.prompts = prompts_in_force(config)
         self.spending = Spending(config)
         self.teacher = Teacher(config) if learn and config.algorithm.teacher_url else None
         self.seconds: dict[str, float] = defaultdict(float)
@@ -84,7 +83,7 @@ class Parts:
             ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **here)
         config, secret = self.config, secrets.token_hex(32)
         checkpoint = latest_checkpoint(self.directory) if config.run.resume else None
-        self.step, self.version = (checkpoint.step, checkpoint.version) if checkpoint else (0, 0)
+        self._stand_at(checkpoint)
         if config.changes_prompts:
             self.step = steps_done(self.directory)
         store_name = f"raygent-{config.run.name}-store"
@@ -140,6 +139,10 @@ class Parts:
         if step == self.step and step:
             self.checkpoint()
         self.learners.mark_best(step)
+
+    def _stand_at(self, checkpoint: Checkpoint | None) -> None:
+        self.step, self.version = (checkpoint.step, checkpoint.version) if checkpoint else (0, 0)
+        self.prompts = prompts_in_force(self.config, checkpoint)
 
     def _start_learners(self, checkpoint: Checkpoint | None) -> None:
         assert self.learners
@@ -334,7 +337,8 @@ class Parts:
     def checkpoint(self) -> None:
         """Weights and optimiser of `step`, and the store's sealed logs rolled into Parquet."""
         assert self.learners
-        self.learners.save(self.step, self.version, self.critic)
+        prompts = self.prompts if self.config.algorithm.prompts else None
+        self.learners.save(self.step, self.version, self.critic, prompts)
         ray.get(self.store.roll.remote())
 
     def restart_learners(self) -> None:
@@ -344,7 +348,7 @@ class Parts:
         """
         assert self.learners
         checkpoint = latest_checkpoint(self.directory)
-        self.step, self.version = (checkpoint.step, checkpoint.version) if checkpoint else (0, 0)
+        self._stand_at(checkpoint)
         self.restarts[self.step] += 1
         if self.restarts[self.step] > MOST_RESTARTS:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""The table `prompts` of a run that changes prompts: `store/prompts/prompts.parquet`, all versions of all prompts with their
+"""The table `prompts` of a run that changes prompts, alone or in turn with the weights: `store/prompts/prompts.parquet`, all versions of all prompts with their
 parents, written whole by the driver; and `prompts/NAME.txt`, the best version of each as text.
 """
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raygent.actors.checkpoint import Checkpoint
 from raygent.actors.pacer import digest
 from raygent.actors.segments import write_atomically
 from raygent.actors.store_tables import read_parquet, write_parquet
@@ -58,9 +59,14 @@ def steps_done(run_directory: Path) -> int:
     return len(read_lines(run_directory / "metrics.jsonl"))
 
 
-def prompts_in_force(config: Config) -> dict[str, PromptVersion]:
-    """The best of the run until now, else the first ones."""
-    rows = read_prompts(config.run_directory) if config.changes_prompts else []
-    if best := {row["name"]: row for row in rows if row["best"]}:
-        return {name: {"version": row["version"], "text": row["text"]} for name, row in best.items()}
-    return {name: {"version": 0, "text": text} for name, text in config.first_prompts().items()}
+def prompts_in_force(config: Config, checkpoint: Checkpoint | None) -> dict[str, PromptVersion]:
+    """Where a run changes prompts alone its best until now, where it does in turn with the weights the checkpoint's; else the
+    first ones."""
+    if config.changes_prompts:
+        best = [row for row in read_prompts(config.run_directory) if row["best"]]
+        found: dict[str, PromptVersion] = {
+            row["name"]: {"version": row["version"], "text": row["text"]} for row in best
+        }
+    else:
+        found = checkpoint.prompts if checkpoint else {}
+    return found or {name: {"version": 0, "text": text} for name, text in config.first_prompts().items()}

@@ -42,7 +42,7 @@ from raygent.config import OPTIMISER, Config, ConfigError, homes_of, keys_of
 from raygent.families import NONE, parsers
 from raygent.jobs.recorded import batch_of, check_chats
 from raygent.prompts import PROMPTS_VARIABLE
-from raygent.records import to_json
+from raygent.records import Task, to_json
 from raygent.task import load_tasks
 
 SCRIPTS = (".py", ".js", ".mjs", ".cjs", ".ts", ".sh", ".rb", ".pl", ".php", ".lua", ".jl", ".R")
@@ -271,16 +271,30 @@ def _check_prompts(config: Config) -> None:
             f"prompts: together over {PROMPTS_BYTES} bytes as JSON, more than {PROMPTS_VARIABLE} holds; shorten them, or set "
             'agent.in = "process"'
         )
-    if not config.changes_prompts:
+    search = config.prompt_search
+    if search is None:
         return
-    if config.algorithm.name == "gepa" and importlib.util.find_spec("gepa") is None:
-        raise ConfigError("algorithm.name: gepa is not installed; install raygent with --extra prompts")
+    section = "algorithm" if config.changes_prompts else "algorithm.prompts"
+    if search.name == "gepa" and importlib.util.find_spec("gepa") is None:
+        raise ConfigError(f"{section}.name: gepa is not installed; install raygent with --extra prompts")
     tasks = load_tasks(config.data.train, "data.train")
-    if config.algorithm.selection_tasks >= len(tasks):
+    if search.selection_tasks >= len(tasks):
         raise ConfigError(
-            f"algorithm.selection_tasks: {config.algorithm.selection_tasks} of the {len(tasks)} tasks of data.train leave none to "
+            f"{section}.selection_tasks: {search.selection_tasks} of the {len(tasks)} tasks of data.train leave none to "
             "learn from; lower it"
         )
+    begun = {row["name"]: row["text"] for row in read_prompts(config.run_directory) if row["version"] == 0}
+    if begun and begun != texts:
+        other = min(name for name in begun.keys() | texts.keys() if begun.get(name) != texts.get(name))
+        raise ConfigError(
+            f"prompts.{other}: {config.run_directory} was begun with another first version; choose another run.name"
+        )
+    if config.changes_prompts:
+        _check_search_begun(config, tasks)
+
+
+def _check_search_begun(config: Config, tasks: list[Task]) -> None:
+    """That all steps of a run that changes prompts alone come out as they did."""
     if tasks_noted(config.run_directory) not in (None, digest_of(tasks)):
         raise ConfigError(
             f"data.train: {config.run_directory} was begun with other tasks, by which its prompts were made; choose another run.name"
@@ -295,12 +309,6 @@ def _check_prompts(config: Config) -> None:
                         f"{section}.{key}: {config.run_directory} was begun with {before[section][key]!r}, by which its prompts "
                         "were made; write it as it was, or choose another run.name"
                     )
-    begun = {row["name"]: row["text"] for row in read_prompts(config.run_directory) if row["version"] == 0}
-    if begun and begun != texts:
-        other = min(name for name in begun.keys() | texts.keys() if begun.get(name) != texts.get(name))
-        raise ConfigError(
-            f"prompts.{other}: {config.run_directory} was begun with another first version; choose another run.name"
-        )
 
 
 # the model
@@ -632,7 +640,7 @@ def _tell_agent(config: Config) -> None:
         print(f"upstream {name}: {upstream.model} at {upstream.base_url} for {', '.join(upstream.agents)}")
     for name, file in config.prompts.items():
         print(f"prompt   {name}: {file}")
-    if config.changes_prompts and config.algorithm.name != "bootstrap_fewshot":
+    if config.prompt_search and config.prompt_search.name != "bootstrap_fewshot":
         by = config.upstream_of(OPTIMISER)
         print(f"         improved by {f'upstream.{by}' if by else 'the served model'} (agent {OPTIMISER})")
     if not config.grader.run:

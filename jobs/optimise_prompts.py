@@ -1,5 +1,5 @@
-"""The driver of a run that changes prompts, and no weights: `raygent train` where algorithm.name is apo, gepa or
-bootstrap_fewshot.
+"""What changes prompts: the driver of a run that changes no weights (`raygent train` where algorithm.name is apo, gepa or
+bootstrap_fewshot), and the prompts' turn in one that trains weights too (algorithm.prompts).
 
 Candidates are tried by rollouts of mode "score" on training tasks, and the optimiser's model is asked by rollouts of mode "ask":
 both go through the store, the workers and the gateway as all others do. Their ids tell step, task and prompts, so given again
@@ -14,11 +14,11 @@ from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
 from raygent.actors.pacer import digest, only
-from raygent.algorithms.prompt_search import Prompts, Search, Trial, split
+from raygent.algorithms.prompt_search import Candidate, Prompts, Search, Tree, Trial, split
 from raygent.callables import read_verdict
 from raygent.cluster.metrics import RunLog
-from raygent.cluster.prompt_table import note_tasks, steps_done, write_prompts
-from raygent.config import Config
+from raygent.cluster.prompt_table import note_tasks, read_prompts, steps_done, write_prompts
+from raygent.config import Algorithm, Config, PromptTurns
 from raygent.jobs.evaluate import evaluate
 from raygent.jobs.try_agent import messages_of, reply_of
 from raygent.records import UPSTREAM, Rollout, Task
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 UNREAD = {"prompt_token_ids", "logprobs", "policy_versions", "input", "private"}  # large, and nothing here reads them
+PROGRESS = {"reward": "score", "prompt_versions": "versions"}  # as a turn tells it, beside the step's own
 MOST_SHOWN = 6000  # characters of one transcript, from its end
 
 
@@ -44,28 +45,27 @@ def optimise_prompts(config: Config) -> None:
     log.resume(done)
     with Parts(config, learn=False) as parts:
         note_tasks(config.run_directory, tasks)
-        trials = Trials(parts)
+        trials = Trials(parts, settings.group_size)
 
         def told(search: Search) -> None:
             if search.step >= done:  # else a step of before, done again
                 write_prompts(config.run_directory, search.tree.rows(search.best))
                 log.step(search.step, progress(search) | parts.measures())
 
-        first = config.first_prompts()
+        tree = Tree(config.first_prompts())
+        number = len(tree)
         search = Search(
-            first, trials.run, trials.ask, told, config.run.steps, settings.max_rollouts, settings.group_size
+            tree, trials.run, trials.ask, told, config.run.steps, settings.max_rollouts, settings.group_size
         )
         parts.step, parts.prompts = 0, search.tree.prompts(search.tree.first)
         if held_out:
             log.evaluation(0, *evaluate(parts, held_out))
-        best = importlib.import_module(f"raygent.algorithms.{settings.name}").optimise(
-            search, feedback, selection, settings, seed
-        )
+        best = searched(search, feedback, selection, settings, seed)
         parts.step, parts.prompts = search.step, search.tree.prompts(best)
         if held_out and search.step:
             log.evaluation(search.step, *evaluate(parts, held_out))
         counts = parts.counts()
-    if search.step and len(search.tree) == len(first):
+    if search.step and len(tree) == number:
         log.note(
             f"NO PROMPT WAS MADE: {settings.name} found nothing to make one of; bootstrap_fewshot shows what agents return, so "
             "set grader.run where an agent returns its reward, and let the others' optimiser say the new prompt"
@@ -74,6 +74,48 @@ def optimise_prompts(config: Config) -> None:
     log.finish(counts)
     for name, text in search.tree.texts(best).items():
         log.note(f"prompt {name}, version {best[name]}, in {config.run_directory / 'prompts'}:\n{text}")
+
+
+def take_turn(parts: Parts, tasks: list[Task], log: RunLog) -> dict[str, float]:
+    """Where it is the prompts' turn before the step to come: find better ones for the weights of now, which are in force from then
+    on. Returns what the step's metrics tell of it, as `prompts/...`.
+
+    A run that is gone on with has its last turn once more, from the checkpoint before it: with the same rollouts and replies it
+    finds the same.
+    """
+    config, settings, step = parts.config, parts.config.algorithm.prompts, parts.step
+    if not settings or step % settings.every:
+        return {}
+    if step:
+        parts.checkpoint()
+    feedback, selection = split(tasks, settings.selection_tasks, config.run.seed)
+    rows = read_prompts(config.run_directory)
+    tree = Tree({name: prompt["text"] for name, prompt in parts.prompts.items()}, rows)
+    trials = Trials(parts, settings.group_size, turn=step)
+
+    def told(search: Search) -> None:
+        log.note(
+            f"prompts before step {step + 1}: {settings.name} {search.step + 1}/{settings.steps}, {len(tree)} versions, the "
+            f"best scores {search.best_score:.3f}"
+        )
+
+    search = Search(tree, trials.run, trials.ask, told, settings.steps, settings.max_rollouts, settings.group_size)
+    best = searched(search, feedback, selection, settings, config.run.seed + step)
+    parts.prompts = tree.prompts(best)
+    known = {(row["name"], row["version"]) for row in rows}
+    new = {"step": step}  # of the run; the search counts its own
+    table = [row if (row["name"], row["version"]) in known else row | new for row in tree.rows(best)]
+    write_prompts(config.run_directory, table)
+    log.prompts(table)
+    return {f"prompts/{PROGRESS.get(name, name)}": value for name, value in progress(search).items()}
+
+
+def searched(
+    search: Search, feedback: list[Task], selection: list[Task], settings: Algorithm | PromptTurns, seed: int
+) -> Candidate:
+    """What the algorithm of that name finds."""
+    module = importlib.import_module(f"raygent.algorithms.{settings.name}")
+    return module.optimise(search, feedback, selection, settings, seed)
 
 
 def progress(search: Search) -> dict[str, float]:
@@ -88,26 +130,36 @@ def progress(search: Search) -> dict[str, float]:
 
 
 class Trials:
-    """Rollouts of the run `parts` for a Search."""
+    """Rollouts of the run `parts` for a Search, whose steps are the run's but where it is a turn."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, samples: int, turn: int | None = None) -> None:
+        """samples: rollouts of each trial. turn: the run's step, where it trains weights too: its rollouts are of that."""
         from transformers import AutoTokenizer
 
-        self.parts, self.config = parts, parts.config
+        self.parts, self.config, self.samples, self.turn = parts, parts.config, samples, turn
         self.tokenizer: Any = AutoTokenizer.from_pretrained(parts.config.model.path)
 
     def run(self, step: int, pairs: list[tuple[Prompts, Task]]) -> list[Trial]:
-        """One trial a pair, of algorithm.group_size rollouts each; those of one pair that stands there twice are the same."""
+        """One trial a pair, of so many `samples` each; those of one pair that stands there twice are the same."""
         groups, rollouts = [], {}
         for prompts, task in pairs:
             of_prompts = digest({name: prompt["text"] for name, prompt in prompts.items()})
-            groups.append(f"score-{step:06d}-{of_prompts}-{digest(task.id, task.input, task.private)}")
-            for index in range(self.config.algorithm.group_size):
+            groups.append(f"score-{self._place(step)}-{of_prompts}-{digest(task.id, task.input, task.private)}")
+            for index in range(self.samples):
                 name, version = f"{groups[-1]}-{index}", self.parts.version
                 rollouts[name] = Rollout(
-                    name, task.id, groups[-1], "score", step, index, task.input, task.private, version, prompts
+                    name,
+                    task.id,
+                    groups[-1],
+                    "score",
+                    self._step(step),
+                    index,
+                    task.input,
+                    task.private,
+                    version,
+                    prompts,
                 )
-        tables = self._collect(step, "score", rollouts)
+        tables = self._collect("score", rollouts)
         by_group: dict[str, list[Row]] = defaultdict(list)
         for row in tables["rollouts"]:
             by_group[row["group_id"]].append(row)
@@ -123,9 +175,10 @@ class Trials:
         """What the agent "optimiser" has for a model says to each text; "" where it said nothing."""
         rollouts = []
         for place, text in enumerate(texts):
-            name = f"ask-{step:06d}-{digest(text)}-{texts[:place].count(text)}"  # asked twice, it may say two things
-            rollouts.append(Rollout(name, "ask", name, "ask", step, 0, text, None, self.parts.version))
-        tables = self._collect(step, "ask", {rollout.rollout_id: rollout for rollout in rollouts})
+            again = texts[:place].count(text)  # asked twice, it may say two things
+            name = f"ask-{self._place(step)}-{digest(text)}-{again}"
+            rollouts.append(Rollout(name, "ask", name, "ask", self._step(step), 0, text, None, self.parts.version))
+        tables = self._collect("ask", {rollout.rollout_id: rollout for rollout in rollouts})
         lost = [row["rollout_id"] for row in tables["rollouts"] if row["status"] == "lost"]
         if lost:
             raise RuntimeError(
@@ -134,7 +187,15 @@ class Trials:
         said = {row["rollout_id"]: as_text(value_of([row])) for row in tables["spans"] if row["name"] == "output"}
         return [said.get(rollout.rollout_id) or "" for rollout in rollouts]
 
-    def _collect(self, step: int, mode: str, rollouts: dict[str, Rollout]) -> dict[str, list[Row]]:
+    def _step(self, step: int) -> int:
+        """Of the run, at step `step` of the search."""
+        return step if self.turn is None else self.turn
+
+    def _place(self, step: int) -> str:
+        return f"{step:06d}" if self.turn is None else f"{self.turn:06d}-{step:03d}"
+
+    def _collect(self, mode: str, rollouts: dict[str, Rollout]) -> dict[str, list[Row]]:
+        (step,) = {rollout.step for rollout in rollouts.values()}
         self.parts.ask(list(rollouts.values()))
         with self.parts.clock(mode):
             tables = only(self.parts.collect(step, mode, spans=True), set(rollouts))

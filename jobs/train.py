@@ -16,7 +16,7 @@ from raygent.cluster.metrics import RunLog, choice_metrics
 from raygent.config import Config
 from raygent.jobs.evaluate import evaluate, tasks_due
 from raygent.jobs.job import run_job
-from raygent.jobs.optimise_prompts import optimise_prompts
+from raygent.jobs.optimise_prompts import optimise_prompts, take_turn
 from raygent.jobs.recorded import batch_of
 from raygent.records import Sample, Task
 from raygent.task import load_tasks
@@ -44,7 +44,7 @@ def train(config: Config) -> None:
                 if parts.step >= config.run.steps:
                     parts.checkpoint()
                     break
-                log.step(parts.step, one_step(parts, tasks))
+                log.step(parts.step, take_turn(parts, tasks, log) | one_step(parts, tasks))
             except LearnerLost as lost:
                 log.note(f"{lost}; going on from the last checkpoint")
                 parts.restart_learners()

@@ -198,7 +198,27 @@ UNSOUND_LOSSES = {
 }
 
 
-class Algorithm(Section):
+class PromptSearch(Section):
+    """What the algorithms that change prompts go by."""
+
+    selection_tasks: int = Field(100, ge=1)  # of data.train, on which candidates are scored; the others are learnt from
+    beam: int = Field(4, ge=1)  # candidates that apo keeps from step to step
+    edits: int = Field(4, ge=1)  # new candidates a step: of apo for each of the beam, of bootstrap_fewshot in all
+    demonstrations: int = Field(4, ge=1)  # of bootstrap_fewshot, in a prompt at most
+    max_rollouts: int = Field(0, ge=0)  # of training tasks, after which no step begins; 0: no limit
+
+
+class PromptTurns(PromptSearch):
+    """Prompts that are improved in turn with the weights: before step 0, `every`, 2 x `every`, ... `steps` of that algorithm."""
+
+    name: Literal["apo", "gepa", "bootstrap_fewshot"]
+    every: int = Field(ge=1)
+    steps: int = Field(1, ge=1)
+    group_size: int = Field(1, ge=1)
+    tasks_per_step: int = Field(16, ge=1)
+
+
+class Algorithm(PromptSearch):
     name: Text = "grpo"  # one of algorithms.named.NAMES, or a file of the user's own
     group_size: int = Field(8, ge=1)
     tasks_per_step: int = Field(16, ge=1)
@@ -228,12 +248,7 @@ class Algorithm(Section):
     teacher: Text | None = None  # of distill: a model with the tokenizer of model.path, or the base_url of its endpoint
     teacher_model: Text | None = None  # its name at the endpoint; None: the one that is served there
     teacher_api_key_env: Text | None = None  # the environment variable that holds the key; None: it asks for none
-    # of those that change prompts
-    selection_tasks: int = Field(100, ge=1)  # of data.train, on which candidates are scored; the others are learnt from
-    beam: int = Field(4, ge=1)  # candidates that apo keeps from step to step
-    edits: int = Field(4, ge=1)  # new candidates a step: of apo for each of the beam, of bootstrap_fewshot in all
-    demonstrations: int = Field(4, ge=1)  # of bootstrap_fewshot, in a prompt at most
-    max_rollouts: int = Field(0, ge=0)  # of training tasks, after which no step begins; 0: no limit
+    prompts: PromptTurns | None = None  # None: they stay as they are
 
     @model_validator(mode="before")
     @classmethod
@@ -441,9 +456,11 @@ class Config(Section):
     def algorithms_own_defaults(cls, tree: Any) -> Any:
         """What the algorithm's file has for keys that are not given."""
         section = tree.get("algorithm", {}) if isinstance(tree, dict) else None
-        if not isinstance(section, dict) or not isinstance(section.get("name"), str):
+        if not isinstance(section, dict) or not isinstance(name := section.get("name", "grpo"), str):
             return tree
-        named = algorithm(section["name"], Path(str(tree.get("path", ""))).parent)
+        named = algorithm(name, Path(str(tree.get("path", ""))).parent)
+        if isinstance(turns := section.get("prompts"), dict) and turns.get("name") in PROMPT_NAMES:
+            section = section | {"prompts": algorithm(turns["name"], Path()).defaults | turns}
         of_chats = {"threshold": 1.0} if isinstance(data := tree.get("data"), dict) and data.get("chats") else {}
         return tree | {"algorithm": named.defaults | of_chats | section}
 
@@ -489,6 +506,11 @@ class Config(Section):
         """Whether the run changes prompts, and no weights."""
         return self.algorithm.name in PROMPT_NAMES
 
+    @property
+    def prompt_search(self) -> Algorithm | PromptTurns | None:
+        """The settings by which prompts are changed, alone or in turn with the weights; None where they stay as they are."""
+        return self.algorithm if self.changes_prompts else self.algorithm.prompts
+
     def first_prompts(self) -> dict[str, str]:
         """The first version of each prompt, by name, without the white space around it. Raises ConfigError."""
         texts = {}
@@ -507,10 +529,19 @@ class Config(Section):
 
     @model_validator(mode="after")
     def prompts_fit(self) -> Config:
-        if self.changes_prompts and not self.prompts:
+        if self.prompt_search and not self.prompts:
             raise ValueError(
-                f'prompts: missing, and algorithm.name = "{self.algorithm.name}" improves them; add [prompts] with a name '
-                'and the file of the first version, as writer = "writer.txt"'
+                f"prompts: missing, and {self.prompt_search.name} improves them; add [prompts] with a name and the file of the "
+                'first version, as writer = "writer.txt"'
+            )
+        if self.algorithm.prompts and self.changes_prompts:
+            raise ValueError(
+                f"algorithm.prompts: {self.algorithm.name} changes prompts alone, in turn with no weights; leave it out, or set "
+                'algorithm.name = "grpo"'
+            )
+        if self.algorithm.prompts and self.recorded:
+            raise ValueError(
+                "algorithm.prompts: what is trained on was recorded with prompts that no search changes; leave it out"
             )
         return self
 

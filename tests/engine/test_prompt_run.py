@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,9 +10,11 @@ import pytest
 from tiny_model import make_tiny_model
 from vendor import CHAT, serving
 
+from raygent.actors.checkpoint import latest_checkpoint
 from raygent.cluster.metrics import read_lines
 from raygent.config import load
 from raygent.jobs.optimise_prompts import optimise_prompts
+from raygent.jobs.train import train
 
 AGENT = """
 import openai, raygent
@@ -140,3 +143,62 @@ def test_apo_finds_a_better_prompt_and_goes_on_where_it_stood(cluster, folder, c
         (0, 0.5, 2),
         (1, 1.0, 3),
     ]
+
+
+IN_TURN = [
+    "algorithm.name=grpo", "algorithm.tasks_per_step=2", "algorithm.group_size=4", "algorithm.prompts.name=apo",
+    "algorithm.prompts.every=1", "algorithm.prompts.tasks_per_step=3", "algorithm.prompts.selection_tasks=4",
+    "algorithm.prompts.beam=1", "algorithm.prompts.edits=2", "learner.ranks=1", "learner.learning_rate=1e-3",
+    "agent.run=varied_agent_of_test.py:answer", "grader.run=varied_agent_of_test.py:grade",
+]  # fmt: skip
+VARIED = (
+    AGENT.replace("temperature=0, ", "")
+    .replace("await client", "reply = await client", 1)
+    .replace("return text", 'return f"{text}|{reply.choices[0].message.content}"')
+    .replace('return {"reward": sum(', 'return {"reward": 1e-3 * (hash(output) % 7) + sum(')
+    .replace("in output for", 'in output.split("|")[0] for')
+)
+
+
+def test_weights_and_prompts_in_turn_and_a_turn_done_again_is_the_same(cluster, folder, capfd):
+    """A step of each, twice; then the second step once more, from the checkpoint before it."""
+    (folder / "varied_agent_of_test.py").write_text(VARIED)
+    with serving() as vendor:
+        vendor.answers = [revise]
+        (folder / "run.toml").write_text(TOML.replace("{base_url}", vendor.base_url))
+        train(load(folder / "run.toml", [*IN_TURN, "run.steps=1"]))
+        run = folder / "runs" / "prompts"
+        assert latest_checkpoint(run).prompts == {"writer": {"version": 1, "text": "Write. alpha"}}
+        train(load(folder / "run.toml", IN_TURN))
+        asked, tree = len(vendor.requests), pq.read_table(run / "store" / "prompts").to_pylist()
+        lines = read_lines(run / "metrics.jsonl")
+        shutil.rmtree(latest_checkpoint(run).path)
+        train(load(folder / "run.toml", IN_TURN))
+        assert len(vendor.requests) == asked == 8
+    assert "going on at step 1" in capfd.readouterr().out
+    again = pq.read_table(run / "store" / "prompts").to_pylist()
+    assert again == tree and [line["step"] for line in read_lines(run / "metrics.jsonl")] == [0, 1]
+    assert [(row["text"], row["parents"], row["step"], row["best"]) for row in tree] == [
+        ("Write.", [], 0, False),
+        ("Write. alpha", [0], 0, False),
+        ("Write. alpha beta", [1], 1, True),
+    ]
+    of_turns = [{name: line[f"prompts/{name}"] for name in ("versions", "rollouts", "asked")} for line in lines]
+    assert of_turns == [{"versions": versions, "rollouts": 11, "asked": 4} for versions in (2, 3)]
+    assert latest_checkpoint(run).prompts == {"writer": {"version": 2, "text": "Write. alpha beta"}}
+
+    rollouts = pq.read_table(run / "store" / "rollouts").to_pylist()
+    versions = {
+        (mode, step): {
+            json.loads(row["prompts"])["writer"]["version"]
+            for row in rollouts
+            if (row["mode"], row["step"]) == (mode, step)
+        }
+        for mode, step in {(row["mode"], row["step"]) for row in rollouts} - {("ask", 0), ("ask", 1)}
+    }
+    assert versions == {
+        ("eval", 0): {0}, ("score", 0): {0, 1}, ("train", 0): {1},
+        ("eval", 1): {1}, ("score", 1): {1, 2}, ("train", 1): {2}, ("eval", 2): {2},
+    }  # fmt: skip
+    assert {row["resource_version"] for row in rollouts if (row["mode"], row["step"]) == ("score", 1)} == {1}
+    assert sum(row["trained_step"] >= 0 for row in rollouts) > 0

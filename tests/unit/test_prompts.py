@@ -14,6 +14,7 @@ from stores import open_store, rollout, rows_on_disk, run_attempt
 import raygent
 from raygent import prompts
 from raygent.actors.agent_runner import AgentRunner, Recorder
+from raygent.actors.checkpoint import Checkpoint
 from raygent.actors.pacer import eval_rollouts
 from raygent.algorithms import apo, bootstrap_fewshot, gepa
 from raygent.algorithms.prompt_search import Search, Tree, Trial, block_in, split
@@ -23,7 +24,7 @@ from raygent.config import Config, ConfigError
 from raygent.jobs import dry_run
 from raygent.jobs.optimise_prompts import given_by
 from raygent.prompts import PROMPTS_VARIABLE, on_trial
-from raygent.records import Task
+from raygent.records import PromptVersion, Task
 from raygent.task import load_tasks
 
 TASKS = [Task(str(number), f"question {number}") for number in range(40)]
@@ -155,15 +156,41 @@ def test_rollouts_get_the_best_prompts_of_the_run_else_the_first(tmp_path):
         "path": str(tmp_path / "r.toml"),
     }
     changing = config(**settings, algorithm={"name": "apo"})
-    assert prompts_in_force(changing) == {"writer": {"version": 0, "text": "Write."}}
+    assert prompts_in_force(changing, None) == {"writer": {"version": 0, "text": "Write."}}
     tree = Tree({"writer": "Write."})
     write_prompts(changing.run_directory, tree.rows(tree.grow(tree.first, "writer", "Write SQL.", "apo", 0)))
-    assert prompts_in_force(changing) == {"writer": {"version": 1, "text": "Write SQL."}}
-    assert prompts_in_force(config(**settings)) == {"writer": {"version": 0, "text": "Write."}}
+    assert prompts_in_force(changing, None) == {"writer": {"version": 1, "text": "Write SQL."}}
+    assert prompts_in_force(config(**settings), None) == {"writer": {"version": 0, "text": "Write."}}
     ids = [
-        eval_rollouts(changing, TASKS[:1], 0, 0, told)[0].rollout_id for told in (None, {}, prompts_in_force(changing))
+        eval_rollouts(changing, TASKS[:1], 0, 0, told)[0].rollout_id
+        for told in (None, {}, prompts_in_force(changing, None))
     ]
     assert ids[0] == ids[1] != ids[2]
+
+
+def test_in_turn_with_the_weights_the_checkpoint_tells_the_prompts(tmp_path):
+    (tmp_path / "writer.txt").write_text("Write.")
+    turns = {"prompts": {"name": "apo", "every": 5}}
+    in_turn = config(path=str(tmp_path / "r.toml"), prompts={"writer": "writer.txt"}, algorithm=turns)
+    made: dict[str, PromptVersion] = {"writer": {"version": 2, "text": "Write SQL."}}
+    checkpoint = Checkpoint(tmp_path, 5, 5, prompts=made)
+    assert prompts_in_force(in_turn, checkpoint) == made
+    first = {"writer": {"version": 0, "text": "Write."}}
+    assert prompts_in_force(in_turn, None) == prompts_in_force(in_turn, Checkpoint(tmp_path, 5, 5)) == first
+
+
+def test_a_search_goes_on_with_the_tree_that_one_before_left():
+    before = Tree({"writer": "Write."})
+    second = before.grow(before.first, "writer", "Write SQL.", "apo", 0)
+    before.note(before.first, 0.9, 10)
+    before.note(second, 0.95, 10)
+    tree = Tree({"writer": "Write SQL."}, before.rows(second))
+    assert tree.first == second and len(tree) == 2
+    assert tree.grow(tree.first, "writer", "Write.", "apo", 1) == before.first  # no new version
+    tree.note(tree.first, 0.5, 10)  # the weights are others now
+    tree.note(tree.first, 0.4, 10)
+    assert [(row["version"], row["score"]) for row in tree.rows(tree.first)] == [(0, 0.9), (1, 0.5)]
+    assert tree.grow(tree.first, "writer", "Write one.", "apo", 1) == {"writer": 2}
 
 
 # the config
@@ -187,12 +214,31 @@ def test_a_prompts_file_that_is_not_there_or_says_nothing(tmp_path):
 
 
 def test_what_changes_prompts_needs_prompts_and_no_learner():
-    with pytest.raises(
-        ValueError, match=r'prompts: missing, and algorithm\.name = "apo" improves them; add \[prompts\]'
-    ):
+    with pytest.raises(ValueError, match=r"prompts: missing, and apo improves them; add \[prompts\]"):
         config(algorithm={"name": "apo"})
     made = config(algorithm={"name": "gepa"}, prompts={"writer": "writer.txt"}, engine={"gpus": 1.0})
     assert (made.algorithm.group_size, made.algorithm.tasks_per_step, made.learners) == (1, 3, [])
+    assert made.prompt_search is made.algorithm
+
+
+def test_what_changes_prompts_in_turn_with_the_weights():
+    turns = {"name": "gepa", "every": 10}
+    made = config(algorithm={"prompts": turns}, prompts={"writer": "writer.txt"})
+    assert (made.algorithm.group_size, made.algorithm.tasks_per_step) == (8, 16) and made.learners
+    search = made.prompt_search
+    assert (search.name, search.group_size, search.tasks_per_step, search.steps) == ("gepa", 1, 3, 1)
+    for wrong, why in (
+        ({"algorithm": {"prompts": turns}}, r"prompts: missing, and gepa improves them; add \[prompts\]"),
+        ({"algorithm": {"name": "apo", "prompts": turns}}, r"algorithm\.prompts: apo changes prompts alone"),
+        ({"algorithm": {"prompts": {"name": "gepa"}}}, r"algorithm\.prompts\.every"),
+        ({"algorithm": {"prompts": turns | {"name": "grpo"}}}, r"algorithm\.prompts\.name"),
+        (
+            {"algorithm": {"name": "sft", "prompts": turns}, "data": {"rollouts": "runs/x"}},
+            r"algorithm\.prompts: what is trained on was recorded",
+        ),
+    ):
+        with pytest.raises(ValueError, match=why):
+            config(**{"prompts": {"writer": "writer.txt"} if "missing" not in why else {}} | wrong)
 
 
 # the algorithms: a run whose reward is the share of three words that the writer's prompt has
@@ -222,7 +268,9 @@ def reply(step, texts):
 
 def search_of(steps=6, run=run, reply=reply, **rest):
     told = []
-    search = Search(FIRST, run, reply, lambda search: told.append((search.step, search.best_score)), steps, **rest)
+    search = Search(
+        Tree(FIRST), run, reply, lambda search: told.append((search.step, search.best_score)), steps, **rest
+    )
     return search, told
 
 
