@@ -52,7 +52,7 @@ class Ended:
     exception: BaseException | None = None  # of an agent in this process
 
 
-class Recorder:
+class AttemptRecorder:
     """The rewards and spans of one attempt, from whatever thread; a closed one takes no more."""
 
     def __init__(self, rollout_id: str, attempt: int, source: str) -> None:
@@ -126,7 +126,7 @@ class AgentRunner:
             self.stuck = True
             raise
 
-    async def run(self, task_input: Any, endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
+    async def run(self, task_input: Any, endpoint: ModelEndpoint, recorder: AttemptRecorder) -> Ended:
         """Run the agent to its end or its time limit. Cancelled, it stops the agent."""
         if self.agent is None:
             ended = await self._in_process(task_input, endpoint, recorder)
@@ -138,11 +138,11 @@ class AgentRunner:
             recorder.note("agent", kind="exception", error=ended.error)
         return ended
 
-    async def ask(self, text: str, endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
+    async def ask(self, text: str, endpoint: ModelEndpoint, recorder: AttemptRecorder) -> Ended:
         """In the place of the agent: the model's reply to `text`."""
         return await self._as_task(partial(reply_to, text, endpoint), endpoint, recorder)
 
-    async def _as_task(self, agent: Callable[[], Any], endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
+    async def _as_task(self, agent: Callable[[], Any], endpoint: ModelEndpoint, recorder: AttemptRecorder) -> Ended:
         async def agents_own() -> Any:
             sink.set(recorder)
             on_trial.set(endpoint.prompts)
@@ -170,7 +170,7 @@ class AgentRunner:
                 "; an async agent blocked the event loop that all of them share: await, or make it sync"
             )
 
-    async def _in_thread(self, agent: Callable[[], Any], endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
+    async def _in_thread(self, agent: Callable[[], Any], endpoint: ModelEndpoint, recorder: AttemptRecorder) -> Ended:
         def call() -> Any:
             sink.set(recorder)
             on_trial.set(endpoint.prompts)
@@ -189,7 +189,7 @@ class AgentRunner:
         self.abandoned.append(thread)
         return self._timeout()
 
-    async def _in_process(self, task_input: Any, endpoint: ModelEndpoint, recorder: Recorder) -> Ended:
+    async def _in_process(self, task_input: Any, endpoint: ModelEndpoint, recorder: AttemptRecorder) -> Ended:
         running: list[Supervised] = []
         over = threading.Event()
 
@@ -285,7 +285,7 @@ def read_end(end: CommandEnd, config: Config) -> Ended:
     return Ended("returned", results[-1].get("value"))
 
 
-def keep_event(event: dict[str, Any], recorder: Recorder) -> None:
+def keep_event(event: dict[str, Any], recorder: AttemptRecorder) -> None:
     """A reward or span that a process wrote to its events file; what is malformed is noted instead."""
     table, fields = event["table"], {key: value for key, value in event.items() if key != "table"}
     if table == "result":

@@ -29,7 +29,7 @@ from vllm.v1.engine.logprobs import LogprobsProcessor
 from vllm.v1.engine.output_processor import RequestState
 
 from raygent.actors.continuation import Prompt, Run, continued, reader
-from raygent.actors.gateway import AttemptState, CallContext, current_call
+from raygent.actors.gateway import CallContext, ReplicaAttempt, current_call
 from raygent.records import CALLS, Call, to_batch
 
 logger = logging.getLogger("raygent.engine")
@@ -96,7 +96,7 @@ def narrowed(params: SamplingParams) -> bool:
     return not whole or bool(odd_in(params))
 
 
-class Recorder:
+class CallRecorder:
     """Appends calls to the store; those that end at about the same time go in one message."""
 
     def __init__(self, store: ActorHandle) -> None:
@@ -113,7 +113,7 @@ class Recorder:
             self.flush = asyncio.create_task(self._flush())
         await written
 
-    def begin(self, state: AttemptState, calls: list[Call]) -> asyncio.Task[None]:
+    def begin(self, state: ReplicaAttempt, calls: list[Call]) -> asyncio.Task[None]:
         """append() as a task of the attempt's: its end waits for it."""
         recording = _keep(state.recording, self.append(calls))
         recording.add_done_callback(_tell_failure)
@@ -297,7 +297,7 @@ class CapturingLLM(AsyncLLM):
 
     def attach(
         self,
-        recorder: Recorder,
+        recorder: CallRecorder,
         source: str,
         rules: SamplingRules,
         policy_of: Callable[[str], str],

@@ -1,4 +1,4 @@
-"""A run's checkpoints: `checkpoints/step-N/`, complete once it has that name."""
+"""A run's checkpoints: `checkpoints/step-NNNNNN/`, complete once it has that name."""
 
 from __future__ import annotations
 

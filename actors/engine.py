@@ -24,7 +24,7 @@ from ray import serve
 from raygent.actors.adapters import Files, read_files, write_files
 from raygent.actors.engine_handle import EngineUnavailable
 from raygent.actors.front_door import FrontDoor
-from raygent.actors.gateway import AttemptState, Gateway
+from raygent.actors.gateway import Gateway, ReplicaAttempt
 from raygent.actors.weight_transfer import BACKEND, node_name
 from raygent.config import POLICY, Config
 from raygent.families import NONE
@@ -143,7 +143,7 @@ class Engine:
         from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-        from raygent.actors.capture import CapturingLLM, Recorder, SamplingRules
+        from raygent.actors.capture import CallRecorder, CapturingLLM, SamplingRules
         from raygent.actors.upstream import UpstreamProxy
 
         config = self.config
@@ -160,7 +160,7 @@ class Engine:
         engine = config.engine
         rules = SamplingRules(engine.temperature, engine.grammar, config.model.max_tokens)
         parser_class = app.state.openai_serving_chat.parser_cls if app.state.openai_serving_chat else None
-        recorder, exact = Recorder(self.store), engine.continuation == "exact"
+        recorder, exact = CallRecorder(self.store), engine.continuation == "exact"
         self.llm.attach(recorder, self.source, rules, config.policy_of, exact, parser_class)
         if self.model != config.model.path:  # a checkpoint
             for name, files in read_files(Path(self.model), config.adapters).items():
@@ -255,7 +255,7 @@ class Engine:
             state.spans, state.rewards = [], []
         return self.source, told
 
-    def _forget(self, state: AttemptState) -> None:
+    def _forget(self, state: ReplicaAttempt) -> None:
         """What is kept for an attempt that goes on, here and by vLLM's Responses API."""
         for response in state.responses:
             self.responses.response_store.pop(response, None)
@@ -345,9 +345,11 @@ class Engine:
                 self.begun = False  # vLLM ends the update where this raises
                 await self.llm.update_weights(WeightTransferUpdateRequest(payload))
                 self.begun = True
-            else:
+            elif step == "finish":
                 await self._finish()
                 self.holds = self.updating
+            else:
+                raise ValueError(f"weights: no step {step!r}")
 
     async def load_adapters(self, adapters: dict[str, Files]) -> None:
         """What an update of a run with LoRA brings, all at once: by policy, the files of its adapter."""

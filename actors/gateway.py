@@ -90,7 +90,7 @@ class KeyRefused(Exception):
 
 
 @dataclass(frozen=True)
-class Key:
+class Grant:
     """What a key lets in: one attempt of one rollout, until `expires` (Unix seconds)."""
 
     rollout_id: str
@@ -104,7 +104,7 @@ def mint_key(secret: str, rollout_id: str, attempt: int, mode: str, expires: flo
     return f"rg-{_encode(payload)}.{_encode(_sign(secret, payload))}"
 
 
-def read_key(secret: str, key: str) -> Key:
+def read_key(secret: str, key: str) -> Grant:
     """The key's content. Raises KeyRefused where it was not minted with `secret` or has expired."""
     body, dot, signature = key.removeprefix("rg-").partition(".")
     try:
@@ -113,7 +113,7 @@ def read_key(secret: str, key: str) -> Key:
         raise KeyRefused("this is no key of this run") from error
     if not dot or not hmac.compare_digest(signed, _sign(secret, payload)):
         raise KeyRefused("this is no key of this run")
-    found = Key(*json.loads(payload))
+    found = Grant(*json.loads(payload))
     if found.expires < time.time():
         raise KeyRefused("this attempt's time is over")
     return found
@@ -132,7 +132,7 @@ def _decode(text: str) -> bytes:
 
 
 @dataclass
-class AttemptState:
+class ReplicaAttempt:
     """What one replica knows of one attempt."""
 
     expires: float  # when its keys are over: from then on it may be forgotten
@@ -166,8 +166,8 @@ class Running(Protocol):
 class CallContext:
     """What the capture must know of the HTTP request a generation belongs to."""
 
-    key: Key
-    state: AttemptState
+    key: Grant
+    state: ReplicaAttempt
     agent: str
     mode: str  # the key's; "eval" of an agent that is not trained, which acts as it would in production
     api: str
@@ -203,17 +203,17 @@ class Gateway:
         checks: dict[str, Callable[[dict], object]] | None = None,
         upstream_of: Callable[[str], UpstreamProxy | None] = lambda agent: None,
         text_only: bool = False,
-        forget: Callable[[AttemptState], None] = lambda state: None,
+        forget: Callable[[ReplicaAttempt], None] = lambda state: None,
         trains: Callable[[str], bool] = lambda agent: True,
     ) -> None:
         self.forget, self.trains = forget, trains
         self.checks, self.upstream_of, self.text_only = checks or {}, upstream_of, text_only
         self.app, self.secret, self.max_calls, self.ready = app, secret, max_calls, ready
         self.key_life_s, self.max_tokens = key_life_s, max_tokens
-        self.attempts: dict[tuple[str, int], AttemptState] = {}
+        self.attempts: dict[tuple[str, int], ReplicaAttempt] = {}
         self.sweep_at = SWEEP_AT
 
-    def attempt(self, rollout_id: str, attempt: int, expires: float) -> AttemptState:
+    def attempt(self, rollout_id: str, attempt: int, expires: float) -> ReplicaAttempt:
         """The attempt's state, kept at least until `expires`."""
         if len(self.attempts) >= self.sweep_at:
             now = time.time()
@@ -225,11 +225,11 @@ class Gateway:
             for key in over:
                 self.forget(self.attempts.pop(key))
             self.sweep_at = max(SWEEP_AT, 2 * len(self.attempts))
-        state = self.attempts.setdefault((rollout_id, attempt), AttemptState(expires))
+        state = self.attempts.setdefault((rollout_id, attempt), ReplicaAttempt(expires))
         state.expires = max(state.expires, expires)
         return state
 
-    def end_attempt(self, rollout_id: str, attempt: int) -> AttemptState:
+    def end_attempt(self, rollout_id: str, attempt: int) -> ReplicaAttempt:
         """From here on the attempt's key is refused and what it has in flight is cancelled."""
         state = self.attempt(rollout_id, attempt, time.time() + self.key_life_s)
         state.ended = True
@@ -237,7 +237,7 @@ class Gateway:
             task.cancel()
         return state
 
-    def _let_in(self, token: str) -> tuple[Key, AttemptState]:
+    def _let_in(self, token: str) -> tuple[Grant, ReplicaAttempt]:
         key = read_key(self.secret, token)
         if key.expires > time.time() + self.key_life_s:
             raise KeyRefused(f"this key lives longer than {self.key_life_s:g} s from now")
@@ -335,7 +335,7 @@ class Gateway:
     async def _keep(
         self,
         path: str,
-        state: AttemptState,
+        state: ReplicaAttempt,
         headers: dict[str, str],
         receive: Callable,
         send: Callable,
@@ -573,7 +573,7 @@ def _traced(body: bytes, content_type: str, encoding: str) -> tuple[list[dict[st
     return spans_of(whole, content_type), len(whole)
 
 
-async def _body(state: AttemptState, receive: Callable, refuse: Refusal) -> bytes | None:
+async def _body(state: ReplicaAttempt, receive: Callable, refuse: Refusal) -> bytes | None:
     """The whole body, read for no longer than the attempt goes on; None where it is too large, which the client has been told."""
     chunks, size, task = [], 0, asyncio.current_task()
     assert task is not None

@@ -28,7 +28,7 @@ from raygent.actors.checkpoint import CRITIC, Checkpoint, laid_out
 from raygent.actors.micro_batches import MicroBatch, Share, deal, micro_batches
 from raygent.actors.working_folder import localised, working_folder
 from raygent.algorithms.loss import kl_loss
-from raygent.config import POLICY, Config, check_loss
+from raygent.config import POLICY, Config
 from raygent.records import PromptVersion, Sample
 
 logger = logging.getLogger("raygent")
@@ -402,7 +402,6 @@ class LearnerGroup:
     """The driver's end: every method asks all ranks at once. Raises LearnerLost where one of them died."""
 
     def __init__(self, config: Config, kind: type[Learner] = Learner) -> None:
-        check_loss(config.algorithm)
         self.config, self.kind = config, kind
         self.directory = config.run_directory
         self.ranks: list[Any] = []
@@ -450,7 +449,7 @@ class LearnerGroup:
         critic: LearnerGroup | None = None,
         prompts: dict[str, PromptVersion] | None = None,
     ) -> Checkpoint:
-        """A checkpoint `checkpoints/step-N/`, complete once it has that name, with the critic's in `critic/`; older ones beyond
+        """A checkpoint `checkpoints/step-NNNNNN/`, complete once it has that name, with the critic's in `critic/`; older ones beyond
         keep_checkpoints go. `prompts`: see Checkpoint."""
         root = self.directory / "checkpoints"
         final, partial = root / f"step-{step:06d}", root / f".step-{step:06d}.partial"

@@ -30,7 +30,6 @@ import pyarrow as pa
 
 from raygent.actors.segments import CLOSED, RECORDS, STATE, Contents, Rolled, Segment, StoreDamaged, write_rolled
 from raygent.actors.store_state import (
-    AttemptKey,
     AttemptState,
     RolloutState,
     attempt_row,
@@ -50,7 +49,18 @@ from raygent.actors.store_tables import (
     write_parquet,
     write_states,
 )
-from raygent.records import ENDED, INFRASTRUCTURE, OUTCOMES, SCHEMAS, SUCCEEDED, Lease, Rollout, Seal, to_json
+from raygent.records import (
+    ENDED,
+    INFRASTRUCTURE,
+    OUTCOMES,
+    SCHEMAS,
+    SUCCEEDED,
+    AttemptKey,
+    Lease,
+    Rollout,
+    Seal,
+    to_json,
+)
 
 logger = logging.getLogger("raygent")
 

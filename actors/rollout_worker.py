@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from raygent.actors.agent_runner import TEXT, AgentRunner, Ended, Recorder
+from raygent.actors.agent_runner import TEXT, AgentRunner, AttemptRecorder, Ended
 from raygent.actors.engine_handle import EngineError
 from raygent.actors.gateway import mint_key
 from raygent.actors.grading import Grader, GraderError, timed_out
@@ -23,10 +23,9 @@ from raygent.actors.outcomes import NO_CALL, engine_failed, outcome_of
 from raygent.actors.working_folder import localised, working_folder
 from raygent.callables import ModelEndpoint, Verdict, plain, read_verdict
 from raygent.config import OPTIMISER, Config
-from raygent.records import INFRASTRUCTURE, OWN_SAMPLING, SCHEMAS, SUCCEEDED, Lease, Seal, to_batch
+from raygent.records import INFRASTRUCTURE, OWN_SAMPLING, SCHEMAS, SUCCEEDED, AttemptKey, Lease, Seal, to_batch
 
 logger = logging.getLogger("raygent")
-Key = tuple[str, int]  # an attempt: rollout id, number
 Closed = dict[str, dict[str, Any]]  # engine replica -> what Engine.close_attempts tells of one attempt
 
 POLL_S = (0.02, 0.2)  # between asks for leases while the queue is empty: first, and at most
@@ -65,10 +64,12 @@ class RolloutWorker:
         self.closer = Closer(engine)
         self.replicas: dict[str, str] = {}  # of the engine that serve, as seen last: source and url
         self.at: Counter[str] = Counter()  # attempts that run, by replica
-        self.running: dict[Key, asyncio.Task[None]] = {}
-        self.sealing: set[Key] = set()
-        self.without_engine: set[Key] = set()  # ended, but not given back before the engine is there again
-        self.without_upstream: set[Key] = set()  # ended, but not given back before its upstream has had some time
+        self.running: dict[AttemptKey, asyncio.Task[None]] = {}
+        self.sealing: set[AttemptKey] = set()
+        self.without_engine: set[AttemptKey] = set()  # ended, but not given back before the engine is there again
+        self.without_upstream: set[AttemptKey] = (
+            set()
+        )  # ended, but not given back before its upstream has had some time
         self.stopping = False
         self.wake: asyncio.Event | None = None
 
@@ -134,7 +135,7 @@ class RolloutWorker:
         rollout, key = lease.rollout, (lease.rollout.rollout_id, lease.attempt)
         source = min(self.replicas, key=lambda replica: self.at[replica])
         endpoint, started = self._endpoint(lease, self.replicas[source]), time.time()
-        recorder = Recorder(*key, self.name)
+        recorder = AttemptRecorder(*key, self.name)
         self.at[source] += 1
         try:
             run = self.runner.ask if rollout.mode == "ask" else self.runner.run
@@ -178,7 +179,7 @@ class RolloutWorker:
         return endpoint.agent(OPTIMISER) if rollout.mode == "ask" else endpoint
 
     async def _judge(
-        self, lease: Lease, ended: Ended, closed: Closed, recorder: Recorder
+        self, lease: Lease, ended: Ended, closed: Closed, recorder: AttemptRecorder
     ) -> tuple[str, str, Verdict | None]:
         """Outcome, error text and reward of an attempt that the engine did not spoil."""
         if ended.how != "returned":
@@ -308,10 +309,10 @@ class Closer:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine
-        self.waiting: dict[Key, asyncio.Future[Closed]] = {}
+        self.waiting: dict[AttemptKey, asyncio.Future[Closed]] = {}
         self.task: asyncio.Task[None] | None = None
 
-    async def close(self, key: Key) -> Closed:
+    async def close(self, key: AttemptKey) -> Closed:
         """The attempt's key is refused from now on; what each replica knows of it. Raises EngineLost."""
         self.waiting[key] = asyncio.get_running_loop().create_future()
         if self.task is None or self.task.done():
@@ -322,7 +323,7 @@ class Closer:
         while self.waiting:
             batch, self.waiting = self.waiting, {}
             failed = EngineLost("the engine's answer is not understood: see the worker's log")
-            closed: dict[Key, Closed] = {}
+            closed: dict[AttemptKey, Closed] = {}
             try:
                 closed = await asyncio.to_thread(self.engine.close_attempts, list(batch))
             except EngineError as error:

@@ -17,9 +17,7 @@ import pyarrow as pa
 
 from raygent.actors.segments import KINDS, RECORDS, STATE, Contents, Rolled, StoreDamaged, read_log, read_rolled
 from raygent.actors.store_tables import StepKey, check_files, read_records, read_states, with_texts
-from raygent.records import ENDED, SCHEMAS, to_batch, utf8
-
-AttemptKey = tuple[str, int]  # rollout id, number
+from raygent.records import ENDED, SCHEMAS, AttemptKey, to_batch, utf8
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 from aiolimiter import AsyncLimiter
 
-from raygent.actors.capture import NotRecorded, Recorder
+from raygent.actors.capture import CallRecorder, NotRecorded
 from raygent.actors.gateway import CallContext, Refusal
 from raygent.actors.tries import SHOWN, Unanswered, check_answered, wait_before_next
 from raygent.config import Upstream
@@ -91,7 +91,7 @@ class UpstreamProxy:
         settings: Upstream,
         key: str | None,
         replicas: int,
-        recorder: Recorder,
+        recorder: CallRecorder,
         source: str,
     ) -> None:
         self.name, self.settings, self.key = name, settings, key

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from raygent.algorithms.episodes import Episodes, estimate
 from raygent.algorithms.shaping import overlong_penalty
 from raygent.algorithms.trajectory import Node, Trajectory, build, paths
-from raygent.config import ADVANTAGES, Config
+from raygent.algorithms.verl_names import ADVANTAGES
+from raygent.config import Config
 from raygent.records import UPSTREAM, Sample
 
 LISTS = ["prompt_token_ids", "response_token_ids", "logprobs", "policy_versions"]
@@ -100,8 +101,8 @@ def make_samples(
     if whole := [sample for draft in drafts for sample in draft.samples]:
         for what in config.measures:
             assert measure
-            _keep(what, drafts, measure(what, whole))
-    _compare(rows, baselines, config)
+            _note_measured(what, drafts, measure(what, whole))
+    _set_advantages(rows, baselines, config)
 
     kept = [draft for draft in drafts if draft.entry.advantages is not None or not config.algorithm.drop_flat_groups]
     for draft in kept:
@@ -113,11 +114,11 @@ def make_samples(
     return samples, _metrics(tables, valid, entries, samples, seen) | {
         "groups": float(len(sizes)),
         "groups_dropped": float(len(small)),
-        "groups_flat": float(len(sizes.keys() - small - (used & _telling(pools, config)))),
+        "groups_flat": float(len(sizes.keys() - small - (used & _groups_with_signal(pools, config)))),
     }
 
 
-def _keep(what: str, drafts: list[Draft], measured: list[np.ndarray]) -> None:
+def _note_measured(what: str, drafts: list[Draft], measured: list[np.ndarray]) -> None:
     """Note what was measured of the samples, in the order of `drafts`, with the tokens of their entries."""
     left = iter(measured)
     for draft in drafts:
@@ -129,7 +130,7 @@ def _keep(what: str, drafts: list[Draft], measured: list[np.ndarray]) -> None:
 def lacking_groups(tables: dict[str, pa.Table], config: Config) -> int:
     """How many more groups with signal a step of `algorithm.tasks_per_step` wants."""
     entries, *_ = _entries(tables, config, {})
-    return max(0, config.algorithm.tasks_per_step - len(_telling(_pools(entries), config)))
+    return max(0, config.algorithm.tasks_per_step - len(_groups_with_signal(_pools(entries), config)))
 
 
 def _entries(
@@ -188,12 +189,14 @@ def _compared(pools: Pools, config: Config) -> list[tuple[Entry, str]]:
     if _compares_groups(config):
         every = not config.algorithm.drop_flat_groups
         pools = {
-            name: members for name, members in pools.items() if (every and len(members) > 1) or _tells(members, config)
+            name: members
+            for name, members in pools.items()
+            if (every and len(members) > 1) or _has_signal(members, config)
         }
     return [(entry, f"{group}/{agent}") for (group, agent), members in pools.items() for entry in members]
 
 
-def _compare(rows: list[tuple[Entry, str]], baselines: Baselines, config: Config) -> None:
+def _set_advantages(rows: list[tuple[Entry, str]], baselines: Baselines, config: Config) -> None:
     """Set the advantages, and what the critic has to learn. Those of a row that the algorithm leaves out, all nan, stay None."""
     algorithm, settings = config.named_algorithm, config.algorithm
     if not any(entry.length() for entry, _ in rows):
@@ -241,13 +244,13 @@ def _pools(entries: list[Entry]) -> Pools:
     return pools
 
 
-def _telling(pools: Pools, config: Config) -> set[str]:
+def _groups_with_signal(pools: Pools, config: Config) -> set[str]:
     """The groups with signal: all, where rollouts are not compared with others of their group."""
     every = not _compares_groups(config)
-    return {group for (group, _), members in pools.items() if every or _tells(members, config)}
+    return {group for (group, _), members in pools.items() if every or _has_signal(members, config)}
 
 
-def _tells(members: list[Entry], config: Config) -> bool:
+def _has_signal(members: list[Entry], config: Config) -> bool:
     """Whether the members of a group got different rewards, the KL in them (`algorithm.kl_in`) aside."""
     if config.algorithm.credit == "turn":
         return len({(entry.reward, *sorted(entry.turn_rewards.items())) for entry in members}) > 1

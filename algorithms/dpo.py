@@ -14,14 +14,11 @@ from raygent.algorithms.episodes import Episodes
 from raygent.algorithms.loss import policy_loss as loss  # noqa: F401
 from raygent.config import Algorithm
 
-RIGHT = {"loss": "gpg", "aggregation": "constant", "horizon": 1, "mini_batches": 1, "drop_flat_groups": True}
 OFF_POLICY = True
 MEASURES = ("current", "reference")
-DEFAULTS = {
-    "loss": "gpg",
-    "aggregation": "constant",
-    "horizon": 1,
-}  # every token counts 1 / rollouts, and 2 make a pair
+# Every token counts 1 / rollouts, and 2 make a pair.
+DEFAULTS = {"loss": "gpg", "aggregation": "constant", "horizon": 1}
+RIGHT = DEFAULTS | {"mini_batches": 1, "drop_flat_groups": True}
 
 
 def advantages(episodes: Episodes, settings: Algorithm) -> np.ndarray:

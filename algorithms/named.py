@@ -33,6 +33,7 @@ NAMES = (
     "grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "opo", "gpg", "reinforce_plus_plus", "remax", "ppo", "sft", "dpo",
     "distill",
 )  # fmt: skip
+MEASURES = {"current", "reference", "values"}
 PROMPT_NAMES = ("apo", "gepa", "bootstrap_fewshot")  # these change prompts, and no weights: see prompt_search.py
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import comb
 
-from raygent.algorithms.bootstrap import mean_interval
+from raygent.algorithms.intervals import mean_interval
 
 
 def pass_at_k(tries: int, successes: int, k: int) -> float:

@@ -273,12 +273,12 @@ async def drive(app: Any, core: StubCore, path: str, key: str, tokens: int, stre
 async def cpu_rounds(config: Config, store: Any) -> dict[str, Any]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from raygent.actors.capture import CapturingLLM, Recorder, SamplingRules
+    from raygent.actors.capture import CallRecorder, CapturingLLM, SamplingRules
     from raygent.actors.gateway import Gateway
 
     plain, _, plain_core = await stub_app(config, AsyncLLM)
     captured, llm, core = await stub_app(config, CapturingLLM)
-    llm.attach(Recorder(store), "replica", SamplingRules(1.0, "mask", None), lambda agent: POLICY)
+    llm.attach(CallRecorder(store), "replica", SamplingRules(1.0, "mask", None), lambda agent: POLICY)
     llm.version = 0
     gated, whole = (Gateway(app, SECRET, 10**9, lambda: True) for app in (plain, captured))
     forms = {"plain": (plain, plain_core), "gateway": (gated, plain_core), "raygent": (whole, core)}

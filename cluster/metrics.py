@@ -13,12 +13,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from raygent.actors.pacer import digest, judged_by
 from raygent.actors.segments import write_atomically
-from raygent.actors.task_choice import expected_by_task
-from raygent.algorithms.bootstrap import mean_interval, paired_gain
 from raygent.algorithms.curriculum import Groups
+from raygent.algorithms.intervals import mean_interval, paired_gain
 from raygent.cluster.alarms import SIGNS, SPAN, signs
+from raygent.cluster.digests import digest, judge_digest
+from raygent.cluster.task_choice import expected_by_task
 from raygent.config import Config
 from raygent.records import PROMPTS, Task
 
@@ -50,7 +50,7 @@ class RunLog:
         self.evaluations = self.directory / "evaluations.jsonl"
         self.last = time.monotonic()
         self.told: set[str] = set()  # alarms that stand
-        self.judge = judged_by(config)
+        self.judge = judge_digest(config)
         self.wandb = self._start_wandb()
 
     def _start_wandb(self) -> Any:
@@ -138,7 +138,7 @@ class RunLog:
         self.note(
             f"evaluation at step {step}: reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} tasks"
             f"{', ' + str(summary['lost']) + ' lost to infrastructure' if summary['lost'] else ''}; "
-            f"{summary['retried_share']:.0%} of the rollouts made more than one call, mean reward {summary['rescued_share']:.3f}"
+            f"{summary['several_calls_share']:.0%} of the rollouts made more than one call, mean reward {summary['several_calls_reward']:.3f}"
         )
         table = {f"eval/{name}": value for name, value in summary.items()} | {"step": step}
         self.wandb.log(table | {"eval/rollouts": self._best_and_worst(tables)})
@@ -268,8 +268,10 @@ def held_out(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
         "after": sum(after.values()) / len(tasks),
         "gain": gain,
         "gain_ci95": list(interval),
-        "rescued_share": {"before": first["rescued_share"], "after": last["rescued_share"]},
-        "retried_share": {"before": first["retried_share"], "after": last["retried_share"]},
+        **{
+            name: {"before": first.get(name), "after": last.get(name)}  # not in evaluations of an older raygent
+            for name in ("several_calls_share", "several_calls_reward")
+        },
     }
 
 

@@ -24,17 +24,18 @@ from raygent.actors.checkpoint import Checkpoint, latest_checkpoint
 from raygent.actors.critic import Critic
 from raygent.actors.engine_handle import EngineFailed, EngineUnavailable, last_line
 from raygent.actors.learner import LearnerGroup
-from raygent.actors.pacer import Versions, measured_before, outcome_of, steps_to_admit
 from raygent.actors.replay_store import ReplayStore
 from raygent.actors.segments import write_atomically
-from raygent.actors.worker_pool import WorkerPool
 from raygent.algorithms.curriculum import Groups
+from raygent.cluster.digests import evaluation_digest
 from raygent.cluster.keeper import end_app, start_keeper, stop_keeper
+from raygent.cluster.pacer import Versions, measured_before, steps_to_admit
 from raygent.cluster.prompt_table import prompts_in_force, steps_done
 from raygent.cluster.serve_app import START_DEADLINE_S, app_name, start_app
 from raygent.cluster.spending import Spending
 from raygent.cluster.start import cpus_needed
 from raygent.cluster.teacher import Teacher
+from raygent.cluster.worker_pool import WorkerPool
 from raygent.config import Config, ConfigError
 from raygent.records import Rollout, Sample
 
@@ -63,7 +64,7 @@ class Parts:
         self.evaluates = not learn and not config.changes_prompts  # and so neither begins a run nor goes on with one
         if not (self.evaluates and (self.directory / "config.toml").is_file()):
             write_atomically(self.directory / "config.toml", [config.to_toml().encode()])
-        self.versions, self.depends_on = Versions(self.directory), outcome_of(config)
+        self.versions, self.depends_on = Versions(self.directory), evaluation_digest(config)
         self.spending = Spending(config)
         self.teacher = Teacher(config) if learn and config.algorithm.teacher_url else None
         self.seconds: dict[str, float] = defaultdict(float)
@@ -159,7 +160,7 @@ class Parts:
         finally:
             self.seconds[part] += time.monotonic() - started
 
-    def measures(self) -> dict[str, float]:
+    def taken_seconds(self) -> dict[str, float]:
         """The seconds of each part since the last call, as `seconds/PART`."""
         taken = {f"seconds/{part}": value for part, value in self.seconds.items()}
         self.seconds.clear()
@@ -170,7 +171,7 @@ class Parts:
     def admissible_steps(self) -> range:
         return steps_to_admit(self.config, self.step)
 
-    def measured(self, step: int) -> Groups:
+    def rewards_before(self, step: int) -> Groups:
         """The rewards by which data.curriculum chooses the tasks of `step`; none without it."""
         if not self.config.data.curriculum:
             return {}
@@ -185,7 +186,7 @@ class Parts:
         sampled = np.concatenate([sample.policy_versions[sample.loss_mask] for sample in samples])
         return self.step - float(np.mean(self.versions.steps_of(sampled)))
 
-    def ask(self, rollouts: list[Rollout]) -> int:
+    def queue(self, rollouts: list[Rollout]) -> int:
         """Queue `rollouts`; those that the store knows already stay as they are. Returns how many it did not know."""
         for rollout in rollouts:
             rollout.prompts = rollout.prompts or self.prompts

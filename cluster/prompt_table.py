@@ -10,9 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from raygent.actors.checkpoint import Checkpoint
-from raygent.actors.pacer import digest
 from raygent.actors.segments import write_atomically
 from raygent.actors.store_tables import read_parquet, write_parquet
+from raygent.cluster.digests import digest
 from raygent.cluster.metrics import read_lines
 from raygent.config import Config
 from raygent.records import PROMPTS, PromptVersion, Task, to_batch

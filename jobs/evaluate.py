@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raygent.actors.pacer import eval_rollouts, only
 from raygent.algorithms.pass_at_k import passes
+from raygent.cluster.pacer import eval_rollouts
 from raygent.config import Config, ConfigError
 from raygent.jobs.job import run_job
-from raygent.records import Task
+from raygent.records import Task, only
 from raygent.task import load_tasks
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ def evaluate(parts: Parts, tasks: list[Task]) -> tuple[dict[str, pa.Table], dict
     """Run the tasks at the version served now, which stays pinned until they have ended.
 
     Rollouts of this step that the store has already stay as they are. Returns the store's tables of all of them and a
-    summary: `reward`, `n` (tasks with a reward), `lost` (those that infrastructure lost), `retried_share` (rollouts of more than
-    one call) and `rescued_share` (mean reward of those), `calls` (a rollout), and with several `evaluate.samples` `pass@k`, where
+    summary: `reward`, `n` (tasks with a reward), `lost` (those that infrastructure lost), `several_calls_share` (rollouts of more than
+    one call) and `several_calls_reward` (mean reward of those), `calls` (a rollout), and with several `evaluate.samples` `pass@k`, where
     a reward of 1 passes.
     """
     rollouts = eval_rollouts(parts.config, tasks, parts.step, parts.version, parts.prompts, parts.depends_on)
-    if stored := len(rollouts) - parts.ask(rollouts):
+    if stored := len(rollouts) - parts.queue(rollouts):
         print(
             f"{stored} of {len(rollouts)} rollouts of step {parts.step} are in the store from before and are not run again"
             + ("" if parts.config.adapters else "; under another run.name, with the checkpoint as model.path, all are"),
@@ -69,8 +69,8 @@ def summarise(tables: dict[str, pa.Table]) -> dict[str, float]:
         "n": len(tries),
         "lost": pc.count_distinct(rollouts["task_id"]).as_py() - len(tries),
         "calls": float(turns.mean()) if len(turns) else 0.0,
-        "retried_share": float(again.mean()) if len(turns) else 0.0,
-        "rescued_share": float(rewards[again & known].mean()) if (again & known).any() else 0.0,
+        "several_calls_share": float(again.mean()) if len(turns) else 0.0,
+        "several_calls_reward": float(rewards[again & known].mean()) if (again & known).any() else 0.0,
     } | (passes(tries) if max(map(len, tries.values()), default=0) > 1 else {})
 
 

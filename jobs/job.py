@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from raygent.cluster.start import quiet_environment
 from raygent.config import Config, ConfigError, load
-from raygent.jobs.dry_run import check
+from raygent.jobs.check import check
 
 
 def run_job(arguments: list[str], do: Callable[[Config], None], learn: bool = True) -> int:

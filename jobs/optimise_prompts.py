@@ -13,15 +13,15 @@ import json
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
-from raygent.actors.pacer import digest, only
 from raygent.algorithms.prompt_search import Candidate, Prompts, Search, Tree, Trial, split
 from raygent.callables import read_verdict
+from raygent.cluster.digests import digest
 from raygent.cluster.metrics import RunLog
 from raygent.cluster.prompt_table import note_tasks, read_prompts, steps_done, write_prompts
 from raygent.config import Algorithm, Config, PromptTurns
 from raygent.jobs.evaluate import evaluate
 from raygent.jobs.try_agent import messages_of, reply_of
-from raygent.records import UPSTREAM, Rollout, Task
+from raygent.records import UPSTREAM, Rollout, Task, only
 from raygent.task import load_tasks
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def optimise_prompts(config: Config) -> None:
         def told(search: Search) -> None:
             if search.step >= done:  # else a step of before, done again
                 write_prompts(config.run_directory, search.tree.rows(search.best))
-                log.step(search.step, progress(search) | parts.measures())
+                log.step(search.step, progress(search) | parts.taken_seconds())
 
         tree = Tree(config.first_prompts())
         number = len(tree)
@@ -196,7 +196,7 @@ class Trials:
 
     def _collect(self, mode: str, rollouts: dict[str, Rollout]) -> dict[str, list[Row]]:
         (step,) = {rollout.step for rollout in rollouts.values()}
-        self.parts.ask(list(rollouts.values()))
+        self.parts.queue(list(rollouts.values()))
         with self.parts.clock(mode):
             tables = only(self.parts.collect(step, mode, spans=True), set(rollouts))
         told = {name: table.drop_columns(list(UNREAD & set(table.column_names))) for name, table in tables.items()}

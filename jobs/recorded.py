@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from raygent.actors.pacer import only
 from raygent.actors.segments import StoreDamaged
 from raygent.actors.store_state import read_store, reader_of_winners
-from raygent.actors.task_choice import due
+from raygent.cluster.task_choice import due
 from raygent.config import Config, ConfigError
-from raygent.records import SCHEMAS, to_batch
+from raygent.records import SCHEMAS, only, to_batch
 from raygent.task import read_rows
 
 ELSEWHERE = -1  # the policy version of what no policy of this run sampled

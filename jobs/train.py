@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
-from raygent.actors.pacer import drop_stale, refill_rollouts, train_rollouts
 from raygent.algorithms.batch import lacking_groups, make_samples
 from raygent.cluster.metrics import RunLog, choice_metrics
+from raygent.cluster.pacer import drop_stale, refill_rollouts, train_rollouts
 from raygent.config import Config
 from raygent.jobs.evaluate import evaluate, tasks_due
 from raygent.jobs.job import run_job
@@ -62,25 +62,27 @@ def one_step(parts: Parts, tasks: list[Task]) -> dict[str, float]:
         metrics |= parts.push()
     with parts.clock("checkpoint"):
         parts.checkpoint_if_due()
-    return metrics | parts.measures()
+    return metrics | parts.taken_seconds()
 
 
 def sampled(parts: Parts, tasks: list[Task]) -> tuple[list[Sample], dict[str, float]]:
     """The samples of what the policy does now."""
     config, step = parts.config, parts.step
     for ahead in parts.admissible_steps():
-        parts.ask(train_rollouts(config, tasks, ahead, parts.version, parts.measured(ahead)))
+        parts.queue(train_rollouts(config, tasks, ahead, parts.version, parts.rewards_before(ahead)))
     with parts.clock("rollouts"):
         tables = parts.collect(step, "train")
         for refill in range(1, config.algorithm.refills + 1):
             if lacking := lacking_groups(tables, config):
-                parts.ask(refill_rollouts(config, tasks, step, parts.version, refill, lacking, parts.measured(step)))
+                parts.queue(
+                    refill_rollouts(config, tasks, step, parts.version, refill, lacking, parts.rewards_before(step))
+                )
                 tables = parts.collect(step, "train")
         greedy = parts.collect(step, "greedy") if config.named_algorithm.needs_greedy else None
     with parts.clock("samples"):
         tables, stale = drop_stale(tables, parts.oldest_version())
         samples, metrics = make_samples(tables, config, greedy, parts.measure)
-        metrics |= choice_metrics(config, tasks, tables["rollouts"], parts.measured(step))
+        metrics |= choice_metrics(config, tasks, tables["rollouts"], parts.rewards_before(step))
     parts.drop(stale)
     if samples:
         metrics["version_age"] = parts.age(samples)

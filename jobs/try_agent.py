@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 
 from raygent.cluster.start import quiet_environment
 from raygent.config import Config, ConfigError, load
-from raygent.jobs.dry_run import check, is_locked, tell_parsers
+from raygent.jobs.check import check, is_locked
+from raygent.jobs.dry_run import tell_parsers
 from raygent.records import SCHEMAS, UPSTREAM, Rollout, Task, to_json
 from raygent.task import load_tasks
 
@@ -28,14 +29,13 @@ SHOWN = 2000  # characters of one message, and of an error, from its end
 
 
 def config_to_try(config: Config) -> Config:
-    """`config` for one rollout, in a run directory of its own, which is emptied. Raises ConfigError where
+    """`config` for one rollout, in a run directory of its own, which try_agent() empties. Raises ConfigError where
     a real run is there, or one that goes on."""
     config.run.name = f"{config.run.name[:60]}-try"
     if (config.run_directory / "checkpoints").exists():
         raise ConfigError(f"run.name: {config.run_directory} holds a run that was trained; choose another run.name")
     if is_locked(config.run_directory / "store" / "lock"):
         raise ConfigError(f"run.name: {config.run_directory} goes on; wait for its end, or choose another run.name")
-    shutil.rmtree(config.run_directory, ignore_errors=True)
     config.engine.replicas = config.workers.min = config.workers.max = 1
     return config
 
@@ -57,8 +57,9 @@ def try_agent(config: Config, task: Task) -> int:
     """Run `task` once and print what happened; 0 where the rollout succeeded, else 1."""
     from raygent.cluster.parts import Parts
 
+    shutil.rmtree(config.run_directory, ignore_errors=True)
     with Parts(config, learn=False) as parts:
-        parts.ask([Rollout("try", task.id, "try", "train", 0, 0, task.input, task.private, parts.version)])
+        parts.queue([Rollout("try", task.id, "try", "train", 0, 0, task.input, task.private, parts.version)])
         parts.collect(0, "train")
     # The store is closed: all it holds, lost attempts too, is in Parquet.
     tables = {name: _rows(config.run_directory / "store" / name) for name in SCHEMAS}

@@ -65,7 +65,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _run(asked: argparse.Namespace, config: Config) -> int:
-    from raygent.jobs.dry_run import check, dry_run
+    from raygent.jobs.check import check
+    from raygent.jobs.dry_run import dry_run
 
     if asked.command == "train" and asked.dry_run:
         dry_run(config)
@@ -87,7 +88,7 @@ def _run(asked: argparse.Namespace, config: Config) -> int:
 
 def _path_for_job(config: Config) -> str:
     """The TOML as the job finds it: on a cluster in its own copy of the TOML's folder."""
-    from raygent.jobs.dry_run import SHARED, cluster_resources
+    from raygent.jobs.check import SHARED, cluster_resources
 
     address = os.environ.get("RAY_ADDRESS", "local")
     if address == "local":

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from raygent.algorithms.named import NAMES, PROMPT_NAMES, Named, algorithm
+from raygent.algorithms.named import MEASURES, NAMES, PROMPT_NAMES, Named, algorithm
+from raygent.algorithms.verl_names import ADVANTAGES, NO_ADVANTAGES, SOUND_LOSSES, UNSOUND_LOSSES
 
 PATH_BYTES = 4096  # Linux's longest path, with the NUL at its end
 
@@ -163,41 +164,6 @@ def source_name(path: str | Path) -> str:
     return Path(path).stem
 
 
-# The advantage estimators of verl 0.9.1 that need no more than rewards, groups and a greedy baseline, each with whether it
-# compares the rollouts of a group.
-ADVANTAGES = {
-    "grpo": True,
-    "grpo_vectorized": True,
-    "grpo_passk": True,
-    "rloo": True,
-    "rloo_vectorized": True,
-    "opo": True,
-    "reinforce_plus_plus_baseline": True,
-    "reinforce_plus_plus": False,
-}
-# The others, and why they are not there.
-NO_ADVANTAGES = {
-    "gae": 'it needs a critic; write algorithm.name = "ppo"',
-    "remax": 'it needs greedy rollouts; write algorithm.name = "remax"',
-    "gpg": 'it corrects once more for groups without signal; write algorithm.name = "gpg"',
-    "gdpo": "it needs rewards of several kinds by name",
-    "optimal_token_baseline": "it needs the sum over the vocabulary of squared probabilities, which nobody records",
-    "tir_optimal_token_baseline": "it needs the sum over the vocabulary of squared probabilities, which nobody records",
-}
-MEASURES = {"current", "reference", "values"}
-# The losses of verl 0.9.1 that a weight a token goes through soundly. "gspo" takes a path for its sequence.
-SOUND_LOSSES = ("vanilla", "cispo", "gpg", "gspo", "dppo_tv", "dppo_kl")
-# Those it does not, and why.
-UNSOUND_LOSSES = {
-    "geo_mean": "it takes the weights into a geometric mean over the sequence",
-    "sapo": "it averages over sequences by itself",
-    "clip_cov": "what it clips depends on how the batch is cut into micro-batches",
-    "kl_cov": "what it penalises depends on how the batch is cut into micro-batches",
-    "bypass_mode": "it computes its own importance weights",
-    "dro": "it needs a coefficient of its own, dro_beta, that raygent does not set",
-}
-
-
 class PromptSearch(Section):
     """What the algorithms that change prompts go by."""
 
@@ -254,6 +220,15 @@ class Algorithm(PromptSearch):
     @classmethod
     def kl_has_its_kind(cls, tree: Any) -> Any:
         return {"kl_kind": "k1"} | tree if isinstance(tree, dict) and tree.get("kl_in") == "reward" else tree
+
+    @field_validator("loss")
+    @classmethod
+    def loss_is_sound(cls, loss: str) -> str:
+        if loss not in SOUND_LOSSES:
+            why = UNSOUND_LOSSES.get(loss)
+            wrong = f"{loss} can't weight tokens: {why}" if why else f"no loss {loss!r} in verl 0.9.1"
+            raise ValueError(f"algorithm.loss: {wrong}; use one of {', '.join(SOUND_LOSSES)}")
+        return loss
 
     @property
     def teacher_url(self) -> str | None:
@@ -816,16 +791,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from error
-    check_loss(config.algorithm)
     return _absolute(config)
-
-
-def check_loss(algorithm: Algorithm) -> None:
-    """Raises ConfigError where verl has no loss of that name, or none that the weights of tokens go through soundly."""
-    if algorithm.loss not in SOUND_LOSSES:
-        why = UNSOUND_LOSSES.get(algorithm.loss)
-        wrong = f"{algorithm.loss} can't weight tokens: {why}" if why else f"no loss {algorithm.loss!r} in verl 0.9.1"
-        raise ConfigError(f"algorithm.loss: {wrong}; use one of {', '.join(SOUND_LOSSES)}")
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -12,11 +12,13 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 # greedy: as train, but of the likeliest tokens, and never trained; score: a training task under a prompt that is tried;
 # ask: not the agent, but the model that improves prompts, asked once.
 Mode = Literal["train", "eval", "greedy", "score", "ask"]
 OWN_SAMPLING = ("eval", "score", "ask")  # modes in which the agent's own sampling parameters are in force
+AttemptKey = tuple[str, int]  # rollout id, number
 UPSTREAM = "upstream:"  # begins the policy of a call that an upstream answered
 
 # The winning attempt succeeded, or ended in an outcome of the agent's own making, which the configured reward answers.
@@ -345,3 +347,9 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+def only(tables: dict[str, pa.Table], rollout_ids: set[str]) -> dict[str, pa.Table]:
+    """What the tables hold of these rollouts."""
+    wanted = pa.array(sorted(rollout_ids), pa.string())
+    return {name: table.filter(pc.is_in(table["rollout_id"], value_set=wanted)) for name, table in tables.items()}

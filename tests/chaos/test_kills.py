@@ -75,7 +75,7 @@ def test_every_part_killed_in_one_run(tmp_path):
     assert max(spoiled.values()) < 3, "an engine on its way out was given all attempts of a rollout"
 
     # The data order is that of a run nobody disturbed.
-    from raygent.actors.pacer import train_rollouts
+    from raygent.cluster.pacer import train_rollouts
     from raygent.config import load
     from raygent.task import load_tasks
 

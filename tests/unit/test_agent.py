@@ -17,7 +17,7 @@ import pytest
 
 import raygent
 from raygent.actors import agent_runner, grading
-from raygent.actors.agent_runner import AgentRunner, Recorder
+from raygent.actors.agent_runner import AgentRunner, AttemptRecorder
 from raygent.actors.grading import Grader, GraderError, grade_once
 from raygent.actors.rollout_worker import RolloutWorker
 from raygent.actors.subprocess_agent import read_events
@@ -52,7 +52,7 @@ def config_of(folder, agent="a.py:f", grader=None, **agent_keys):
 
 
 def run_agent(config, task="task"):
-    recorder = Recorder("rollout", 1, "worker")
+    recorder = AttemptRecorder("rollout", 1, "worker")
     return asyncio.run(AgentRunner(config).run(task, ENDPOINT, recorder)), recorder
 
 
@@ -176,7 +176,7 @@ def test_what_a_process_emits_is_read_back_whatever_it_is(tmp_path, monkeypatch)
     first, *others = [event["attributes"] for event in read_events(file.open("rb"))]
     assert first == {"what": "half \ud800"}
     assert [other["not_json"].partition(":")[0] for other in others] == ["ValueError", "RecursionError", "LookupError"]
-    recorder = Recorder("rollout", 1, "worker")
+    recorder = AttemptRecorder("rollout", 1, "worker")
     recorder.note("told", what=Untold())
     assert "LookupError" in recorder.spans[0].attributes
     with raygent.span("named", name="x"):
@@ -186,7 +186,7 @@ def test_what_a_process_emits_is_read_back_whatever_it_is(tmp_path, monkeypatch)
 
 
 def test_emitted_records_of_tasks_threads_and_decorators():
-    recorder = Recorder("rollout", 2, "worker")
+    recorder = AttemptRecorder("rollout", 2, "worker")
 
     @raygent.span("decorated", kind="tool")
     def tool():
@@ -222,7 +222,7 @@ def test_emitted_records_of_tasks_threads_and_decorators():
 
 
 def test_a_decorated_coroutine_is_an_event_from_its_call_to_its_end():
-    recorder = Recorder("rollout", 1, "worker")
+    recorder = AttemptRecorder("rollout", 1, "worker")
 
     @raygent.span("slow", kind="tool")
     async def slow(seconds):
@@ -255,7 +255,7 @@ def test_a_decorated_coroutine_is_an_event_from_its_call_to_its_end():
 
 
 def test_the_reward_of_agents_alone_is_their_mean():
-    recorder = Recorder("rollout", 1, "worker")
+    recorder = AttemptRecorder("rollout", 1, "worker")
     for agent, value in (("a", 0.0), ("a", 1.0), ("b", 0.0)):
         recorder("rewards", {"value": value, "name": "reward", "agent": agent, "components": {}, "time": 0.0})
     assert recorder.emitted() == 0.5
@@ -319,7 +319,7 @@ def asked_of():
 
 def test_calls_within_an_agents_function_are_the_agents(asked_of):
     ask, ask_now = asked_of
-    recorder = Recorder("rollout", 1, "worker")
+    recorder = AttemptRecorder("rollout", 1, "worker")
 
     async def run():
         sink.set(recorder)
@@ -417,10 +417,10 @@ def test_abandoned_threads_and_a_blocked_loop_wear_a_worker_out(tmp_path):
 
     async def many():
         runner = AgentRunner(config_of(tmp_path, "agents_of_test.py:hangs", timeout_s=0.3))
-        await asyncio.gather(*(runner.run("t", ENDPOINT, Recorder(str(n), 1, "w")) for n in range(3)))
+        await asyncio.gather(*(runner.run("t", ENDPOINT, AttemptRecorder(str(n), 1, "w")) for n in range(3)))
         assert runner.worn(3) and not runner.worn(4)
         blocked = AgentRunner(config_of(tmp_path, "agents_of_test.py:blocks", timeout_s=0.3))
-        ended = await blocked.run("t", ENDPOINT, Recorder("r", 1, "w"))
+        ended = await blocked.run("t", ENDPOINT, AttemptRecorder("r", 1, "w"))
         assert ended.how == "timeout" and "blocked the event loop" in ended.error and blocked.worn(100)
         await asyncio.sleep(4)
         assert not runner.worn(1)

@@ -18,7 +18,7 @@ from verl.trainer.ppo.core_algos import ADV_ESTIMATOR_REGISTRY
 
 from raygent.algorithms.batch import lacking_groups, make_samples
 from raygent.algorithms.named import NAMES, algorithm
-from raygent.config import ADVANTAGES, NO_ADVANTAGES
+from raygent.algorithms.verl_names import ADVANTAGES, NO_ADVANTAGES
 from raygent.records import Call, Sample
 
 Array = np.ndarray

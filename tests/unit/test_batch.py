@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from raygent.actors.micro_batches import deal, micro_batches
 from raygent.algorithms.batch import make_samples
-from raygent.algorithms.bootstrap import paired_gain
+from raygent.algorithms.intervals import paired_gain
 from raygent.records import Call, Sample
 
 REWARDS = st.sampled_from([0.0, 0.25, 1.0, -3.5])

@@ -10,7 +10,7 @@ import ray
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from raygent.actors.capture import NotRecorded, Recorder, SamplingRules
+from raygent.actors.capture import CallRecorder, NotRecorded, SamplingRules
 from raygent.actors.replay_store import ReplayStore
 from raygent.records import Call, Rollout, Seal
 
@@ -52,7 +52,7 @@ async def seal(store, rollout, calls):
 
 async def test_calls_of_many_attempts_arrive(start_store):
     store = start_store()
-    recorder = Recorder(store)
+    recorder = CallRecorder(store)
     await asyncio.gather(*(recorder.append([call(f"r{n % 8}", n // 8)]) for n in range(400)))
     assert [await seal(store, f"r{n}", 50) for n in range(8)] == ["won"] * 8
 
@@ -60,7 +60,7 @@ async def test_calls_of_many_attempts_arrive(start_store):
 async def test_a_refused_call_fails_alone(start_store):
     """In one message with the calls of others, before and after it."""
     store = start_store()
-    recorder = Recorder(store)
+    recorder = CallRecorder(store)
     await seal(store, "r0", 0)
     appends = [recorder.append([call(f"r{n}", sequence)]) for sequence in range(3) for n in range(8)]
     never_leased = recorder.append([call("unknown")])
@@ -74,7 +74,7 @@ async def test_a_refused_call_fails_alone(start_store):
 
 async def test_a_call_that_is_no_record_fails_alone(start_store):
     store = start_store()
-    recorder = Recorder(store)
+    recorder = CallRecorder(store)
     good, bad = recorder.append([call("r0")]), recorder.append([call("r1", logprobs=["no number"])])
     done = await asyncio.gather(good, bad, return_exceptions=True)
     assert done[0] is None and isinstance(done[1], Exception)
@@ -84,7 +84,7 @@ async def test_a_call_that_is_no_record_fails_alone(start_store):
 
 async def test_a_call_whose_client_is_gone_arrives_all_the_same(start_store):
     store = start_store()
-    recorder = Recorder(store)
+    recorder = CallRecorder(store)
     tasks = [asyncio.create_task(recorder.append([call(f"r{n}")])) for n in range(8)]
     await asyncio.sleep(0)
     for task in tasks[::2]:
@@ -96,7 +96,7 @@ async def test_a_call_whose_client_is_gone_arrives_all_the_same(start_store):
 
 async def test_a_store_that_restarts_loses_no_call(start_store):
     store = start_store()
-    recorder = Recorder(store)
+    recorder = CallRecorder(store)
     await recorder.append([call("r0")])
     os.kill(pid_of(store), signal.SIGKILL)
     await asyncio.gather(*(recorder.append([call(f"r{n}", 1)]) for n in range(8)))
@@ -107,7 +107,7 @@ async def test_a_store_that_restarts_loses_no_call(start_store):
 
 async def test_a_store_that_is_gone_fails_every_call_and_wedges_nothing(start_store):
     store = start_store(restarts=0)
-    recorder = Recorder(store)
+    recorder = CallRecorder(store)
     await recorder.append([call("r0")])
     ray.kill(store)
     for _ in range(2):

@@ -19,9 +19,10 @@ from typing import Any, get_args, get_origin
 import psutil
 import pytest
 
+from raygent.algorithms.verl_names import SOUND_LOSSES, UNSOUND_LOSSES
 from raygent.cli import main
-from raygent.config import SOUND_LOSSES, UNSOUND_LOSSES, Config, ConfigError, load
-from raygent.jobs import dry_run
+from raygent.config import Config, ConfigError, load
+from raygent.jobs import check
 from raygent.jobs.dry_run import count_parameters, memory_estimate
 from raygent.task import load_tasks
 
@@ -436,8 +437,8 @@ def test_a_checkpoint_that_is_cut_up_otherwise(project, capsys, key, now):
     about = {"step": 3, "version": 3, "laid_out": {"learner.ranks": 1, "learner.zero_stage": 2}}
     (checkpoint / "raygent.json").write_text(json.dumps(about))
     asked = ["run.name=mine", "learner.ranks=1", "learner.zero_stage=2"]
-    dry_run._check_checkpoint(load(project / "train.toml", asked))
-    dry_run.check(load(project / "train.toml", [*asked, f"{key}={now}"]), learn=False)  # an evaluation's
+    check._check_checkpoint(load(project / "train.toml", asked))
+    check.check(load(project / "train.toml", [*asked, f"{key}={now}"]), learn=False)  # an evaluation's
     said = refused(capsys, "train", project / "train.toml", *asked, f"{key}={now}")
     assert f"{key}: {now}, and " in said and "write it as it was" in said
 
@@ -453,11 +454,11 @@ def test_a_run_begun_by_a_job_with_another_copy_of_the_files(project):
         (run / "config.toml").write_text(f'[model]\npath = "{begun}"\n')
         config = load(project / "train.toml", ["run.name=mine"])
         with nullcontext() if same else pytest.raises(ConfigError, match="was begun with"):
-            dry_run._check_run_directory(config)
+            check._check_run_directory(config)
 
 
 def test_a_run_that_goes_on(project, capsys, monkeypatch):
-    monkeypatch.setattr(dry_run, "ENDING_S", 0.2)
+    monkeypatch.setattr(check, "ENDING_S", 0.2)
     (project / "runs/run/store").mkdir(parents=True)
     with (project / "runs/run/store/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -465,7 +466,7 @@ def test_a_run_that_goes_on(project, capsys, monkeypatch):
 
 
 def test_try_leaves_a_try_that_goes_on_alone(project, capsys, monkeypatch):
-    monkeypatch.setattr(dry_run, "ENDING_S", 0.2)
+    monkeypatch.setattr(check, "ENDING_S", 0.2)
     (project / "runs/run-try/store").mkdir(parents=True)
     with (project / "runs/run-try/store/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

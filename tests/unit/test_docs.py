@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from raygent.algorithms.named import NAMES, algorithm
+
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "sql"
 PAGES = sorted((ROOT / "docs" / "frameworks").glob("*.md"))
@@ -38,6 +40,15 @@ def test_a_frameworks_page_has_the_examples_lines_its_toml_and_its_commands(page
     for command in ("try", "train"):
         assert f"uv run raygent {command} {file.relative_to(ROOT)}\n" in re.sub(r" +#.*", "", page.read_text())
     assert "**What is recorded.**" in page.read_text()
+
+
+def test_the_table_of_algorithms_has_each_with_its_defaults():
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", (ROOT / "docs" / "algorithms.md").read_text(), re.M)
+    told = {name: rest.rpartition("|")[2] for name, rest in rows if name in NAMES}
+    assert told.keys() == set(NAMES)
+    for name, text in told.items():
+        settings = tomllib.loads("\n".join(re.findall(r"`(\w+ = [^`]+)`", text)))
+        assert settings == algorithm(name, ROOT).defaults, name
 
 
 def test_each_example_has_a_page():

@@ -11,7 +11,8 @@ from tiny_model import TEMPLATE, THINKING_TEMPLATE, make_tiny_model
 from raygent.actors.engine import vllm_flags
 from raygent.config import ConfigError, load
 from raygent.families import FAMILIES, NONE, parsers
-from raygent.jobs.dry_run import _parsers, check, dry_run
+from raygent.jobs.check import check, vllm_parsers
+from raygent.jobs.dry_run import dry_run
 
 QWEN = '<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
 HEADER = "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"
@@ -47,8 +48,8 @@ def test_a_family_is_known_by_its_template(model_type: str, template: str, expec
 
 
 def test_vllm_has_every_parser() -> None:
-    assert {family.tool_parser for family in FAMILIES} - {NONE} <= set(_parsers("tool_parsers"))
-    assert {family.reasoning_parser for family in FAMILIES} - {NONE} <= set(_parsers("reasoning"))
+    assert {family.tool_parser for family in FAMILIES} - {NONE} <= set(vllm_parsers("tool_parsers"))
+    assert {family.reasoning_parser for family in FAMILIES} - {NONE} <= set(vllm_parsers("reasoning"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from raygent.records import Task
 
 
 def evaluation(step: int, **by_task: float) -> dict:
-    return {"step": step, "by_task": by_task, "rescued_share": 0.0, "retried_share": 0.0}
+    return {"step": step, "by_task": by_task, "several_calls_reward": 0.0, "several_calls_share": 0.0}
 
 
 def test_a_gain_needs_two_evaluations():

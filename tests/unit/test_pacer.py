@@ -2,11 +2,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from raygent.actors.pacer import (
+from raygent.cluster.digests import evaluation_digest
+from raygent.cluster.pacer import (
     Versions,
     drop_stale,
     eval_rollouts,
-    outcome_of,
     refill_rollouts,
     steps_to_admit,
     train_rollouts,
@@ -69,16 +69,16 @@ def test_eval_runs_each_task(config):
 def test_a_program_that_a_shell_runs_is_looked_at_too(config):
     config.agent.run, config.agent.command = None, ["sh", "-c", 'exec node agent.mjs "$RAYGENT_TASK"']
     (config.folder / "agent.mjs").write_text("one")
-    before = outcome_of(config)
-    assert before == outcome_of(config)
+    before = evaluation_digest(config)
+    assert before == evaluation_digest(config)
     (config.folder / "agent.mjs").write_text("two")
-    assert before != outcome_of(config)
+    assert before != evaluation_digest(config)
 
 
 @pytest.mark.parametrize("change", ["agent", "command", "limit", "judge", "engine", "upstream"])
 def test_what_another_outcome_may_come_of_is_another_evaluation(config, change):
-    (before,) = eval_rollouts(config, [Task("a", 1)], 5, 9, None, outcome_of(config))
-    assert before == eval_rollouts(config, [Task("a", 1)], 5, 9, None, outcome_of(config))[0]
+    (before,) = eval_rollouts(config, [Task("a", 1)], 5, 9, None, evaluation_digest(config))
+    assert before == eval_rollouts(config, [Task("a", 1)], 5, 9, None, evaluation_digest(config))[0]
     if change == "agent":
         (config.folder / "agent.py").write_text("def answer(task, model): return 2.0")
     elif change == "command":
@@ -91,7 +91,7 @@ def test_what_another_outcome_may_come_of_is_another_evaluation(config, change):
         config.grader.failed_reward = -1.0
     else:
         config.upstream = {"big": Upstream(agents=["*"], base_url="http://127.0.0.1/v1", model="big")}
-    (after,) = eval_rollouts(config, [Task("a", 1)], 5, 9, None, outcome_of(config))
+    (after,) = eval_rollouts(config, [Task("a", 1)], 5, 9, None, evaluation_digest(config))
     assert after.rollout_id != before.rollout_id and after.task_id == before.task_id
 
 

@@ -13,15 +13,15 @@ from stores import open_store, rollout, rows_on_disk, run_attempt
 
 import raygent
 from raygent import prompts
-from raygent.actors.agent_runner import AgentRunner, Recorder
+from raygent.actors.agent_runner import AgentRunner, AttemptRecorder
 from raygent.actors.checkpoint import Checkpoint
-from raygent.actors.pacer import eval_rollouts
 from raygent.algorithms import apo, bootstrap_fewshot, gepa
 from raygent.algorithms.prompt_search import Search, Tree, Trial, block_in, split
 from raygent.callables import ModelEndpoint
+from raygent.cluster.pacer import eval_rollouts
 from raygent.cluster.prompt_table import note_tasks, prompts_in_force, read_prompts, write_prompts
 from raygent.config import Config, ConfigError
-from raygent.jobs import dry_run
+from raygent.jobs import check
 from raygent.jobs.optimise_prompts import given_by
 from raygent.prompts import PROMPTS_VARIABLE, on_trial
 from raygent.records import PromptVersion, Task
@@ -78,7 +78,7 @@ def test_each_way_to_run_an_agent_gives_it_the_prompts(tmp_path, agent, where):
     settings = {"run": f"prompted_of_test.py:{agent}", "in": where}
     runner = AgentRunner(config(path=str(tmp_path / "raygent.toml"), agent=settings))
     endpoint = ModelEndpoint("http://127.0.0.1:1/a/rg-key/v1", "rg-key", prompts={"writer": "Wörter“"})
-    ended = asyncio.run(runner.run("task", endpoint, Recorder("r", 1, "w")))
+    ended = asyncio.run(runner.run("task", endpoint, AttemptRecorder("r", 1, "w")))
     assert ended.value == ["Wörter“"] * 3, ended.error
 
 
@@ -86,7 +86,7 @@ def test_a_program_in_any_language_has_them_in_its_environment(tmp_path):
     settings = {"command": ["sh", "-c", 'echo "$RAYGENT_PROMPTS"']}
     runner = AgentRunner(config(path=str(tmp_path / "raygent.toml"), agent=settings))
     endpoint = ModelEndpoint("http://127.0.0.1:1/a/rg-key/v1", "rg-key", prompts={"writer": "Write."})
-    assert asyncio.run(runner.run("task", endpoint, Recorder("r", 1, "w"))).value == {"writer": "Write."}
+    assert asyncio.run(runner.run("task", endpoint, AttemptRecorder("r", 1, "w"))).value == {"writer": "Write."}
     assert PROMPTS_VARIABLE not in os.environ
 
 
@@ -380,18 +380,18 @@ def test_a_run_is_gone_on_with_by_the_same_search_alone(tmp_path, change, what):
     begun.run_directory.mkdir()
     (begun.run_directory / "config.toml").write_text(begun.to_toml())
     (begun.run_directory / "store").mkdir()
-    dry_run._check_run_directory(begun)
-    dry_run._check_prompts(begun)
+    check._check_run_directory(begun)
+    check._check_prompts(begun)
     again = asked(**change)
     with pytest.raises(ConfigError, match=what):
-        dry_run._check_run_directory(again)
-        dry_run._check_prompts(again)
+        check._check_run_directory(again)
+        check._check_prompts(again)
     note_tasks(begun.run_directory, load_tasks(begun.data.train))
-    dry_run._check_prompts(begun)
+    check._check_prompts(begun)
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(json.dumps({"id": "more", "input": 9}) + "\n")
     with pytest.raises(ConfigError, match=r"data\.train: .* was begun with other tasks"):
-        dry_run._check_prompts(begun)
+        check._check_prompts(begun)
 
 
 @pytest.mark.parametrize("algorithm", [apo, gepa])

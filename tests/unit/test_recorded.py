@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from raygent.algorithms.batch import make_samples
 from raygent.config import ConfigError
-from raygent.jobs import dry_run
+from raygent.jobs import check
 from raygent.jobs.recorded import batch_of, check_chats, read_chats
 from raygent.task import load_tasks
 
@@ -150,19 +150,19 @@ def test_a_teacher_with_another_tokenizer_is_refused(model: Path, tmp_path: Path
     other = tmp_path / "teacher"
     shutil.copytree(model, other)
     asked = config(model={"path": str(model)}, algorithm={"name": "distill", "teacher": str(other), "group_size": 2})
-    dry_run._check_teacher(asked)
+    check._check_teacher(asked)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))  # written otherwise, it is the same
-    dry_run._check_teacher(asked)
+    check._check_teacher(asked)
     one, two = sorted(tokenizer["model"]["vocab"])[-2:]
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(ConfigError, match=r"algorithm\.teacher: .* has another tokenizer"):
-        dry_run._check_teacher(asked)
+        check._check_teacher(asked)
     (other / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"algorithm\.teacher: .* has no config\.json"):
-        dry_run._check_teacher(asked)
+        check._check_teacher(asked)
 
 
 # another run's rollouts

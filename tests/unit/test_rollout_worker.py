@@ -16,8 +16,8 @@ from tiny_engine import start_tiny_engine
 
 from raygent.actors.replay_store import ReplayStore
 from raygent.actors.rollout_worker import make_worker
-from raygent.actors.worker_pool import WorkerPool
 from raygent.actors.working_folder import localised, working_folder
+from raygent.cluster.worker_pool import WorkerPool
 from raygent.config import Config
 from raygent.records import Rollout
 
@@ -434,8 +434,8 @@ def test_a_working_folder_made_anew_is_gone_into(tmp_path, monkeypatch):
 
 
 def test_workers_that_cannot_start_are_not_made_for_ever(setup, monkeypatch):
-    monkeypatch.setattr("raygent.actors.worker_pool.MOST_SOON", 2)
-    monkeypatch.setattr("raygent.actors.worker_pool.FAILED_START_S", 0.1)
+    monkeypatch.setattr("raygent.cluster.worker_pool.MOST_SOON", 2)
+    monkeypatch.setattr("raygent.cluster.worker_pool.FAILED_START_S", 0.1)
     pool = setup("no_such_function").pool()
     pool.start()
     deadline = time.monotonic() + 60

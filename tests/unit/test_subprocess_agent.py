@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import ray
 
-from raygent.actors.agent_runner import AgentRunner, Recorder
+from raygent.actors.agent_runner import AgentRunner, AttemptRecorder
 from raygent.actors.outcomes import outcome_of
 from raygent.actors.subprocess_agent import SUPERVISOR, TASK_BYTES, Tail, last_line, read_events, scrubbed_environment
 from raygent.callables import ModelEndpoint
 from raygent.config import Config
-from raygent.jobs.dry_run import _check_command
+from raygent.jobs.check import _check_command
 
 ENDPOINT = ModelEndpoint("http://127.0.0.1:1/app/a/rg-key.sig/v1", "rg-key.sig")
 
@@ -37,7 +37,7 @@ def config_of(folder, timeout_s=20.0, **agent):
 
 
 def run(config, task="task"):
-    recorder = Recorder("rollout", 1, "worker")
+    recorder = AttemptRecorder("rollout", 1, "worker")
     return asyncio.run(AgentRunner(config).run(task, ENDPOINT, recorder)), recorder
 
 
@@ -140,7 +140,7 @@ def test_nothing_is_left_after_the_end_a_time_out_or_a_crash(tmp_path, processes
 def test_a_cancelled_attempt_takes_its_process_along(tmp_path, processes_of):
     async def cancelled():
         runner = AgentRunner(config_of(tmp_path, command=["sh", "-c", "setsid sleep 7442 & sleep 7442"]))
-        task = asyncio.create_task(runner.run("t", ENDPOINT, Recorder("r", 1, "w")))
+        task = asyncio.create_task(runner.run("t", ENDPOINT, AttemptRecorder("r", 1, "w")))
         while len(processes_of("sleep 7442")) < 2:
             await asyncio.sleep(0.05)
         task.cancel()
@@ -156,9 +156,9 @@ import asyncio, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_subprocess_agent import ENDPOINT, config_of
-from raygent.actors.agent_runner import AgentRunner, Recorder
+from raygent.actors.agent_runner import AgentRunner, AttemptRecorder
 runner = AgentRunner(config_of(Path({folder!r}), command=["sh", "-c", "setsid sleep 7443 & sleep 7443"]))
-asyncio.run(runner.run("t", ENDPOINT, Recorder("r", 1, "w")))
+asyncio.run(runner.run("t", ENDPOINT, AttemptRecorder("r", 1, "w")))
 """
 
 

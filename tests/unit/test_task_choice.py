@@ -8,8 +8,8 @@ import pytest
 from conversations import config
 from stores import open_store, run_attempt
 
-from raygent.actors.pacer import measured_before, refill_rollouts, steps_to_admit, train_rollouts
-from raygent.actors.task_choice import due, refill_tasks, shares, step_tasks
+from raygent.cluster.pacer import measured_before, refill_rollouts, steps_to_admit, train_rollouts
+from raygent.cluster.task_choice import due, refill_tasks, shares, step_tasks
 from raygent.records import Task
 
 

@@ -22,7 +22,7 @@ from raygent.cluster import teacher
 from raygent.cluster.parts import Parts
 from raygent.cluster.teacher import Teacher
 from raygent.config import ConfigError, load
-from raygent.jobs import dry_run
+from raygent.jobs import check, dry_run
 from raygent.records import Sample
 
 BUSY = {"error": {"message": "too many", "type": "rate_limit"}}
@@ -329,7 +329,7 @@ def test_a_url_is_no_folder_beside_the_toml_and_the_learners_keep_no_model(model
     )
     settings = load(tmp_path / "run.toml")
     assert settings.algorithm.teacher == settings.algorithm.teacher_url == "http://h:8100/v1"
-    dry_run._check_teacher(settings)
+    check._check_teacher(settings)
     assert settings.measures == ["reference"] and not settings.with_reference
     with pytest.raises(
         ConfigError, match=r"algorithm\.teacher: has a user or a password (?!.*hidden).*teacher_api_key_env"

@@ -13,7 +13,7 @@ from conversations import config
 from vendor import CHAT, CHAT_STREAM, COUNTED, USAGE, serving, sse
 
 from raygent.actors.agent_runner import Ended
-from raygent.actors.capture import NotRecorded, Recorder
+from raygent.actors.capture import CallRecorder, NotRecorded
 from raygent.actors.gateway import Gateway, mint_key
 from raygent.actors.rollout_worker import UpstreamLost, check_engine
 from raygent.actors.subprocess_agent import agent_environment
@@ -56,7 +56,7 @@ STREAMS = {
 }
 
 
-class Kept(Recorder):
+class Kept(CallRecorder):
     """Keeps what would go to the store."""
 
     def __init__(self):

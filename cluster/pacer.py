@@ -1,21 +1,20 @@
-"""Admission and staleness: which steps may be sampled now, which versions a batch may hold, which version comes next."""
+"""Which rollouts a step has, how far ahead they may be sampled, which versions a batch may hold, which version comes next."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from raygent.actors.task_choice import refill_tasks, step_tasks
 from raygent.algorithms.curriculum import Groups
+from raygent.cluster.digests import digest
+from raygent.cluster.task_choice import refill_tasks, step_tasks
 from raygent.config import Config
-from raygent.records import PromptVersion, Rollout, Task
+from raygent.records import PromptVersion, Rollout, Task, only
 
 
 class Versions:
@@ -99,7 +98,7 @@ def eval_rollouts(
 ) -> list[Rollout]:
     """`evaluate.samples` runs of each held-out task, all at one pinned version and with these prompts.
 
-    The ids tell what the task and the prompts are and what the outcome depends on besides (outcome_of()), so that one of others
+    The ids tell what the task and the prompts are and what the outcome depends on besides (digests.evaluation_digest()), so that one of others
     is no rollout that the store has already.
     """
     told, prompts = [depends_on, *([prompts] if prompts else [])], prompts or {}
@@ -112,44 +111,6 @@ def eval_rollouts(
         for group, task in zip(groups, tasks, strict=True)
         for index in range(config.evaluate.samples)
     ]
-
-
-def outcome_of(config: Config) -> str:
-    """A digest of what an outcome depends on besides the task, the weights and the prompts, as it is when this process begins. Of
-    files, the text of those that the config names; what they import is not looked at."""
-    template = config.model.chat_template
-    return digest(
-        config.agent.model_dump(exclude={"train", "policies"}),
-        _texts(config, _agent(config)),
-        config.model.model_dump(exclude={"path", "chat_template"}),
-        template and Path(template).read_text(errors="replace"),
-        [config.engine.continuation, config.engine.vllm_arguments()],
-        {name: [one.agents, one.base_url, one.model] for name, one in config.upstream.items()},
-        judged_by(config),
-    )
-
-
-def judged_by(config: Config) -> str:
-    """The same of a reward, besides the task and the output: the grader, or else the agent itself."""
-    judges = [config.grader.run] if config.grader.run else _agent(config)
-    return digest(judges, _texts(config, judges), config.grader.failed_reward, config.grader.timeout_s)
-
-
-def _agent(config: Config) -> list[str]:
-    return [config.agent.run] if config.agent.run else config.agent.command or []
-
-
-def _texts(config: Config, words: list[str]) -> list[str]:
-    """Of the files beside the TOML that are named in `words`, as "file.py:function", or anywhere in a shell's command."""
-    named = [part for word in words for part in word.split()]
-    paths = [config.folder / part.partition(":")[0] for part in named]
-    # os.path's is False of a word that cannot be a path; Path's raises
-    return [path.read_text(errors="replace") for path in paths if os.path.isfile(path)]
-
-
-def digest(*of: Any) -> str:
-    """8 hexadecimal digits of what JSON has of these."""
-    return hashlib.sha256(json.dumps(of, default=str).encode()).hexdigest()[:8]
 
 
 def steps_to_admit(config: Config, step: int) -> range:
@@ -178,9 +139,3 @@ def drop_stale(tables: dict[str, pa.Table], oldest: int) -> tuple[dict[str, pa.T
     if not stale:
         return tables, []
     return only(tables, set(tables["rollouts"]["rollout_id"].to_pylist()) - stale), sorted(stale)
-
-
-def only(tables: dict[str, pa.Table], rollout_ids: set[str]) -> dict[str, pa.Table]:
-    """What the tables hold of these rollouts."""
-    wanted = pa.array(sorted(rollout_ids), pa.string())
-    return {name: table.filter(pc.is_in(table["rollout_id"], value_set=wanted)) for name, table in tables.items()}
