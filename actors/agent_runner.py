@@ -292,9 +292,11 @@ def keep_event(event: dict[str, Any], recorder: AttemptRecorder) -> None:
         return
     try:
         if table == "rewards":
-            call = fields.get("call_sequence", -1)
-            told = {name: fields[name] for name in ("value", "name", "agent", "components")}
-            checked = reward_fields(**told, call=None if call == -1 else call) | {"time": float(fields["time"])}
+            told = {name: fields[name] for name in ("name", "agent", "components", "call") if name in fields}
+            if fields.get("call_sequence", -1) != -1:  # as emit_reward() writes it
+                told["call"] = fields["call_sequence"]
+            checked = reward_fields(fields["value"], **told)
+            checked["time"] = float(fields.get("time", checked["time"]))
         else:
             checked = {"attributes": fields["attributes"]} | {key: str(fields[key]) for key in ("kind", "name")}
             checked |= {key: float(fields[key]) for key in ("started", "finished")}

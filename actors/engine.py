@@ -23,6 +23,7 @@ from ray import serve
 
 from raygent.actors.adapters import Files, read_files, write_files
 from raygent.actors.engine_handle import EngineUnavailable
+from raygent.actors.environment import NO_TELEMETRY, offline
 from raygent.actors.front_door import FrontDoor
 from raygent.actors.gateway import Gateway, ReplicaAttempt
 from raygent.actors.weight_transfer import BACKEND, node_name
@@ -36,15 +37,11 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # bounds that vLLM knows
 
 def environment(config: Config) -> dict[str, str]:
     """Environment variables of a replica: quiet, local, and on a CPU the settings without which vLLM is slow or fails."""
-    quiet = {
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
+    quiet = NO_TELEMETRY | {
         "VLLM_LOGGING_LEVEL": "WARNING",
         "VLLM_ENABLE_RESPONSES_API_STORE": "1",  # for previous_response_id; an attempt's responses go with it
-        "HF_HUB_DISABLE_TELEMETRY": "1",
     }
-    if config.model.path.startswith("/"):
-        quiet |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    quiet |= offline(config.model.path)
     if config.engine.gpus:
         return quiet
     return quiet | {
@@ -174,20 +171,20 @@ class Engine:
         self.gateway = Gateway(
             app,
             self.secret,
-            self.config.agent.max_calls,
-            lambda: self._served_version() >= 0,
-            2 * self.config.agent.timeout_s + KEY_SLACK_S,
-            self.config.model.max_tokens,
-            {
+            max_calls=config.agent.max_calls,
+            ready=lambda: self._served_version() >= 0,
+            key_life_s=2 * config.agent.timeout_s + KEY_SLACK_S,
+            max_tokens=config.model.max_tokens,
+            checks={
                 "chat": ChatCompletionRequest.model_validate,
                 "completions": CompletionRequest.model_validate,
                 "responses": ResponsesRequest.model_validate,
                 "messages": AnthropicMessagesRequest.model_validate,
             },
-            lambda agent: self.upstreams.get(self.config.upstream_of(agent) or ""),
-            not self.llm.model_config.is_multimodal_model,
-            self._forget,
-            config.trains,
+            upstream_of=lambda agent: self.upstreams.get(config.upstream_of(agent) or ""),
+            text_only=not self.llm.model_config.is_multimodal_model,
+            forget=self._forget,
+            trains=config.trains,
         )
         self.door = FrontDoor(self.gateway, engine.host)
         self.door.open()

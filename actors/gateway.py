@@ -279,17 +279,8 @@ class Gateway:
             )
         if (body := await _body(state, receive, refuse)) is None:
             return
-        try:
-            request = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            return await refuse(400, "invalid_request_error", f"the body is not JSON: {error}")
-        if not isinstance(request, dict):
-            return await refuse(400, "invalid_request_error", "the body must be a JSON object")
-        if body.count(b"[") + body.count(b"{") > MOST_NESTED and nested_over(request, MOST_NESTED):
-            return await refuse(400, "invalid_request_error", f"the body is nested more than {MOST_NESTED} deep")
-        for name, why in REFUSED.items():
-            if request.get(name):
-                return await refuse(400, "invalid_request_error", f"{name}: {why}")
+        if (request := await _request(body, refuse)) is None:
+            return
         media = media_in(request)
         if state.ended:  # while the body was on its way
             return await refuse(401, "authentication_error", ENDED)
@@ -298,39 +289,49 @@ class Gateway:
             message = f"agent.max_calls: this attempt has made its {self.max_calls} calls"
             return await refuse(429, "raygent_max_calls", message, {"x-should-retry": "false"})
         state.requests += bool(api)
-        agent = matched and unquote(matched["agent"] or "")
-        if not agent:  # what an upstream is named for is not answered by the policy, whoever asks
-            named = _named(request)
-            header = headers.get(AGENT_HEADER, "").encode("latin1").decode("utf-8", "replace")
-            agent = named if self.upstream_of(named) else header or named
-        agent = agent.encode("utf-8", "replace").decode()
+        agent = self._agent(unquote(matched["agent"] or "") if matched else "", headers, request)
         if not agent.strip() or not agent.isprintable():
             return await refuse(400, "invalid_request_error", f"{agent!r} is no agent's name; use what can be printed")
         only_prompt = api == "completions" and request.get("echo") and request.get("max_tokens") == 0
         context = CallContext(
-            key,
-            state,
-            agent,
-            key.mode if self.trains(agent) else "eval",
-            api or "",
-            body.decode("utf-8", "replace"),
-            "prompt_logprobs_only" if only_prompt else media,
-            tools_of(request),
+            key=key,
+            state=state,
+            agent=agent,
+            mode=key.mode if self.trains(agent) else "eval",
+            api=api or "",
+            request=body.decode("utf-8", "replace"),
+            untrainable="prompt_logprobs_only" if only_prompt else media,
+            tools=tools_of(request),
         )
         if api and (upstream := self.upstream_of(context.agent)):
             return await upstream.answer(rest, request, headers, receive, send, context, refuse)
         if media and self.text_only:
             why = f"the served model takes text alone, no {media}; leave it out"
             return await refuse(400, "invalid_request_error", why)
-        if context.mode != "eval":
+        changed = json.dumps(self._for_engine(request, context.mode)).encode()
+        await self._serve(_at(scope, rest, headers), changed, receive, send, context, refuse)
+
+    def _agent(self, in_path: str, headers: dict[str, str], request: dict[str, Any]) -> str:
+        """Who asks: by the path, else by the header, else by the model's name, which goes before the header where it is that of
+        an agent with an upstream: what an upstream is named for is not answered by the policy, whoever asks."""
+        if in_path:
+            found = in_path
+        else:
+            named = _named(request)
+            header = headers.get(AGENT_HEADER, "").encode("latin1").decode("utf-8", "replace")
+            found = named if self.upstream_of(named) else header or named
+        return found.encode("utf-8", "replace").decode()
+
+    def _for_engine(self, request: dict[str, Any], mode: str) -> dict[str, Any]:
+        """`request`, changed to what vLLM's app gets."""
+        if mode != "eval":
             unbind(request)
         request["model"] = POLICY
         request.pop("request_id", None)  # vLLM would make it its own, and calls of one id would be one to the capture
         for name in MAX_TOKENS if self.max_tokens else ():
             if isinstance(request.get(name), int):
                 request[name] = min(request[name], self.max_tokens)
-        changed = json.dumps(request).encode()
-        await self._serve(_at(scope, rest, headers), changed, receive, send, context, refuse)
+        return request
 
     async def _keep(
         self,
@@ -571,6 +572,27 @@ def _traced(body: bytes, content_type: str, encoding: str) -> tuple[list[dict[st
     """The spans that an export request holds, and its bytes unzipped. Raises ValueError."""
     whole = unzipped(body, encoding)
     return spans_of(whole, content_type), len(whole)
+
+
+async def _request(body: bytes, refuse: Refusal) -> dict[str, Any] | None:
+    """The JSON object in `body`; None where it was refused."""
+    try:
+        request = json.loads(body)
+        why = _wrong_in(request, body)
+    except (ValueError, RecursionError) as error:
+        request, why = None, f"the body is not JSON: {error}"
+    if why:
+        await refuse(400, "invalid_request_error", why)
+        return None
+    return request
+
+
+def _wrong_in(request: Any, body: bytes) -> str:
+    if not isinstance(request, dict):
+        return "the body must be a JSON object"
+    if body.count(b"[") + body.count(b"{") > MOST_NESTED and nested_over(request, MOST_NESTED):
+        return f"the body is nested more than {MOST_NESTED} deep"
+    return next((f"{name}: {why}" for name, why in REFUSED.items() if request.get(name)), "")
 
 
 async def _body(state: ReplicaAttempt, receive: Callable, refuse: Refusal) -> bytes | None:

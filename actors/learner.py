@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raygent.actors import adapters
 from raygent.actors.checkpoint import CRITIC, Checkpoint, laid_out
+from raygent.actors.environment import NO_TELEMETRY, free_port, offline
 from raygent.actors.micro_batches import MicroBatch, Share, deal, micro_batches
 from raygent.actors.working_folder import localised, working_folder
 from raygent.algorithms.loss import kl_loss
@@ -56,9 +56,7 @@ class Learner:
         self.config, self.rank, self.ranks = localised(config, root), rank, config.learner.ranks
 
     def address(self) -> tuple[str, int]:
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+        return ray.util.get_node_ip_address(), free_port()
 
     def pid(self) -> int:
         return os.getpid()
@@ -412,10 +410,9 @@ class LearnerGroup:
         need: dict[str, float] = {"CPU": 1, "GPU": settings.gpus} if settings.gpus else {"CPU": 1}
         self.group = placement_group([need] * settings.ranks, strategy="PACK")
         _wait_for(self.group, need, settings.ranks)
-        environment = {"OMP_NUM_THREADS": str(settings.threads), "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"}
         teacher = self.config.algorithm.teacher if self.config.with_reference else None
-        if all(path.startswith("/") for path in (self.config.model.path, teacher or "/")):
-            environment |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+        environment = NO_TELEMETRY | offline(self.config.model.path, *([teacher] if teacher else []))
+        environment |= {"OMP_NUM_THREADS": str(settings.threads)}
         self.ranks = [
             ray.remote(self.kind)
             .options(

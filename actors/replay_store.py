@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import heapq
 import json
 import logging
@@ -28,6 +27,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from raygent.actors.file_lock import lock
 from raygent.actors.segments import CLOSED, RECORDS, STATE, Contents, Rolled, Segment, StoreDamaged, write_rolled
 from raygent.actors.store_state import (
     AttemptState,
@@ -561,16 +561,10 @@ class ReplayStore:
 def _lock(path: Path) -> int:
     """Hold `path` for this process alone, until it ends. Raises BlockingIOError if another store process lives."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
-    deadline = time.monotonic() + LOCK_WAIT_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return descriptor
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                os.close(descriptor)
-                raise
-            time.sleep(0.05)
+    if not lock(descriptor, LOCK_WAIT_S):
+        os.close(descriptor)
+        raise BlockingIOError(f"{path}: another process's store holds it")
+    return descriptor
 
 
 def _place(rollout: RolloutState) -> tuple[bool, int, int, str]:

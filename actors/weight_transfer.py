@@ -8,7 +8,6 @@ A push is idempotent by version: replicas that have it already skip it, one that
 from __future__ import annotations
 
 import os
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from raygent.actors.environment import free_port
 
 BACKEND = "raygent_cpu"
 BUCKET_BYTES = 256 * 2**20
@@ -197,10 +198,7 @@ def push_nccl(
             behind = _replicas_behind(model, engine, version)
             workers = sum(replica["workers"] for replica in behind)
         if behind:
-            with socket.socket() as probe:
-                probe.bind(("", 0))
-                port = probe.getsockname()[1]
-            info = NCCLTrainerInitInfo(ray.util.get_node_ip_address(), port, workers + 1, rank=rank)
+            info = NCCLTrainerInitInfo(ray.util.get_node_ip_address(), free_port(), workers + 1, rank=rank)
             sender = NCCLTrainerWeightTransferEngine.trainer_init(info, client=Client(), source=Source())
             sender.send_weights()
             sender.shutdown()

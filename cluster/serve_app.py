@@ -13,7 +13,7 @@ from ray.serve.schema import ApplicationStatus, ProxyStatus
 
 from raygent.actors.engine import Engine, environment
 from raygent.actors.engine_handle import EngineHandle, EngineUnavailable
-from raygent.cluster.start import free_port
+from raygent.actors.environment import free_port
 from raygent.config import Config
 
 logger = logging.getLogger("raygent")

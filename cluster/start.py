@@ -21,23 +21,22 @@ from typing import Any
 
 from tqdm import tqdm
 
+from raygent.actors.environment import NO_TELEMETRY, free_port
 from raygent.actors.subprocess_agent import Supervised
 from raygent.config import Config
 
-QUIET = {
+QUIET = NO_TELEMETRY | {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would have Ray build the environment again for each worker
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",  # 5 s are short on a busy small machine: Serve kills the proxy then
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
     "WANDB_SILENT": "true",
     "TOKENIZERS_PARALLELISM": "false",
     "PYTHONUNBUFFERED": "1",
 }
+HERE = "127.0.0.1"
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 30.0
 STEP = re.compile(r"^step (\d+)/(\d+) (.*)")
@@ -76,11 +75,11 @@ def local_ray(config: Config) -> Iterator[str]:
 
     Yields the dashboard's address.
     """
-    port, dashboard = free_port(), free_port()
+    port, dashboard = free_port(HERE), free_port(HERE)
     command = [
         str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--node-ip-address=127.0.0.1",
-        f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port()}",
-        f"--dashboard-agent-listen-port={free_port()}",  # the usual one may be another Ray's
+        f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--ray-client-server-port={free_port(HERE)}",
+        f"--dashboard-agent-listen-port={free_port(HERE)}",  # the usual one may be another Ray's
         f"--num-cpus={cpus_needed(config)}", "--disable-usage-stats",
         f"--object-store-memory={512 * 2**20}",
     ]  # fmt: skip
@@ -101,12 +100,6 @@ def cpus_needed(config: Config) -> int:
     ranks = sum(learner.ranks for learner in config.learners)
     need = ranks + config.engine.replicas + config.workers.max * config.workers.cpus + 1
     return max(os.cpu_count() or 1, math.ceil(need))
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return probe.getsockname()[1]
 
 
 def _wait_for_port(port: int, cluster: Supervised, log: Any) -> None:

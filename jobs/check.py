@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import fcntl
 import importlib.metadata
 import importlib.util
 import json
@@ -16,12 +15,12 @@ import os
 import re
 import shutil
 import socket
-import time
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from raygent.actors.checkpoint import laid_out, latest_checkpoint
+from raygent.actors.file_lock import lock
 from raygent.actors.grading import Grader
 from raygent.actors.subprocess_agent import (
     JOB_COPIES,
@@ -153,16 +152,8 @@ def is_locked(path: Path) -> bool:
     """Whether another process's store holds the lock; one that is ending gets the time for it."""
     if not path.is_file():
         return False
-    deadline = time.monotonic() + ENDING_S
     with path.open("r+") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return False
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    return True
-            time.sleep(0.1)
+        return not lock(file, ENDING_S)
 
 
 def _check_data(config: Config) -> None:

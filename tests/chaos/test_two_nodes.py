@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from running import Training, gone, kill, make_run, of_run
 
+from raygent.actors.environment import free_port
 from raygent.actors.store_state import read_store
 from raygent.cluster.metrics import read_lines
-from raygent.cluster.start import QUIET, free_port
+from raygent.cluster.start import QUIET
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 RAY = str(Path(sys.executable).with_name("ray"))

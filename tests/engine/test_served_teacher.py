@@ -18,10 +18,10 @@ from conversations import branching, config, rollout, tables
 from tiny_model import make_tiny_model
 
 from raygent.actors.engine import environment
+from raygent.actors.environment import free_port
 from raygent.actors.learner import Learner
 from raygent.actors.working_folder import working_folder
 from raygent.algorithms.batch import make_samples
-from raygent.cluster.start import free_port
 from raygent.cluster.teacher import Teacher
 from raygent.config import ConfigError
 
