@@ -15,7 +15,7 @@ from pathlib import Path
 
 from raygent.callables import AGENT_OFFERS, ModelEndpoint, arguments, awaited, load_callable, plain
 from raygent.config import ConfigError
-from raygent.emit import EVENTS_FILE, append_event
+from raygent.emit import EVENTS_BYTES, EVENTS_FILE, append_event
 from raygent.prompts import prompts_here
 
 
@@ -33,7 +33,10 @@ def main() -> int:
     value = agent(*positional, **named)
     if inspect.isawaitable(value):
         value = asyncio.run(awaited(value))
-    append_event(os.environ[EVENTS_FILE], {"table": "result", "value": plain(value)})
+    value = plain(value)
+    if len(json.dumps(value)) > EVENTS_BYTES - 100:  # with what stands around it
+        raise ValueError(f"the agent returned more than {EVENTS_BYTES >> 20} MiB; return what the grader needs alone")
+    append_event(os.environ[EVENTS_FILE], {"table": "result", "value": value})
     return 0
 
 

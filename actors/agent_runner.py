@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import inspect
+import logging
 import threading
 import time
 import traceback
@@ -33,6 +34,7 @@ from raygent.emit import reward_fields, sink
 from raygent.prompts import on_trial
 from raygent.records import Reward, Span, to_json
 
+logger = logging.getLogger("raygent")
 CANCEL_S = 5.0  # for a cancelled coroutine to end
 KILL_S = 10.0  # for a killed process tree to be gone
 TEXT = 4000  # characters of an error that are kept, from its end
@@ -97,6 +99,15 @@ class AttemptRecorder:
             self._closed = True
 
 
+def run_for_ever(loop: asyncio.AbstractEventLoop) -> None:
+    """Until it is stopped. asyncio ends a loop where a task of an agent's calls sys.exit(), and others' run on it too."""
+    while True:
+        try:
+            return loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as ended:
+            logger.warning("a task of an agent's ended with %r; the agents' loop goes on", ended)
+
+
 class AgentRunner:
     """`config.agent`, ready to be run many times at once. Raises ConfigError where it cannot be imported or called."""
 
@@ -110,7 +121,7 @@ class AgentRunner:
             self.agent = load_callable(config.agent.run, config.folder, "agent.run")
             arguments(self.agent, AGENT_OFFERS, (None, None), "agent.run")
         self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, name="agents", daemon=True).start()
+        threading.Thread(target=run_for_ever, args=(self.loop,), name="agents", daemon=True).start()
 
     def worn(self, most: int) -> bool:
         """Whether too much of what cannot be ended is left in this process."""

@@ -35,6 +35,18 @@ KEY_SLACK_S = 600.0  # a key lives agent.timeout_s and some more
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # bounds that vLLM knows
 
 
+def check_responses(request: dict[str, Any]) -> None:
+    """Raises ValueError, or what vLLM's own code runs into, where vLLM makes no messages of a Responses request."""
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+    from vllm.entrypoints.openai.responses.utils import construct_input_messages
+
+    read = ResponsesRequest.model_validate(request)
+    for message in construct_input_messages(request_instructions=read.instructions, request_input=read.input):
+        if not (isinstance(message, dict) and message.get("role")):
+            kind = message.get("type") if isinstance(message, dict) else type(message).__name__
+            raise ValueError(f"input: an item of type {kind!r} is no part of a conversation here; leave it out")
+
+
 def environment(config: Config) -> dict[str, str]:
     """Environment variables of a replica: quiet, local, and on a CPU the settings without which vLLM is slow or fails."""
     quiet = NO_TELEMETRY | {
@@ -137,7 +149,6 @@ class Engine:
         from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
         from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
         from vllm.entrypoints.openai.completion.protocol import CompletionRequest
-        from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
         from raygent.actors.capture import CallRecorder, CapturingLLM, SamplingRules
@@ -178,7 +189,7 @@ class Engine:
             checks={
                 "chat": ChatCompletionRequest.model_validate,
                 "completions": CompletionRequest.model_validate,
-                "responses": ResponsesRequest.model_validate,
+                "responses": check_responses,
                 "messages": AnthropicMessagesRequest.model_validate,
             },
             upstream_of=lambda agent: self.upstreams.get(config.upstream_of(agent) or ""),

@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import unquote
 
 from raygent.actors.continuation import Run, Said, tools_of
+from raygent.actors.nesting import MOST_NESTED, nested_over
 from raygent.actors.otlp import MAX_BYTES, PROTOBUF, spans_of, unzipped
 from raygent.config import POLICY
 from raygent.emit import AGENT_HEADER, reward_fields
@@ -51,9 +52,9 @@ REWARDS = "/v1/rewards"
 KEPT = {TRACES: "spans", REWARDS: "rewards"}  # what agents send to be kept, and as what
 IN_THREAD_BYTES = 16 << 10  # traces of more, or zipped ones, take milliseconds to read: not on the replica's event loop
 MOST_KEPT = 10_000  # of each, an attempt and replica; in requests of MAX_BYTES together
-UNRECORDED = ("/v1/models", "/v1/messages/count_tokens")  # need a key, sample nothing
+MODELS = "/v1/models"
+UNRECORDED = (MODELS, "/v1/messages/count_tokens")  # need a key, sample nothing
 MAX_BODY_BYTES = 64 * 2**20
-MOST_NESTED = 200  # well below the depth at which Python, here or in vLLM, can read or write JSON no more
 KEY_LIFE_S = 86_400.0
 SWEEP_AT = 1024  # attempts remembered before the first look for those whose keys have expired
 PATH = re.compile(r"^/a/(?P<key>[^/]+)(?:/agent/(?P<agent>[^/]+))?(?P<rest>/.*)$", re.DOTALL)
@@ -78,6 +79,8 @@ REWARD_TYPES: dict[str, tuple[type, str]] = {
 REFUSED = {
     "use_beam_search": "beam search does not sample from the policy; leave it out",
     "logprob_token_ids": "the record needs the sampled tokens' own; ask for logprobs",
+    "kv_transfer_params": "the engine keeps them to itself, and one that is wrong would end it; leave it out",
+    "ec_transfer_params": "the engine keeps them to itself, and one that is wrong would end it; leave it out",
     "background": "a call ends with its request; leave background out",
 }
 # Types of parts of a conversation, the three APIs', that are no text.
@@ -263,10 +266,10 @@ class Gateway:
         api = APIS.get(rest)
         if rest in KEPT and scope["method"] == "POST":
             return await self._keep(rest, state, headers, receive, send, refuse)
-        if api is None and rest not in UNRECORDED:
+        if api is None and rest not in UNRECORDED and rest not in KEPT:
             there = ", ".join([*APIS, *UNRECORDED, *KEPT])
             return await refuse(404, "not_found_error", f"no {rest} here; there are {there}")
-        if scope["method"] == "GET" and api is None:
+        if scope["method"] == "GET" and rest == MODELS:
             return await self.app(_at(scope, rest, headers), receive, send)
         if scope["method"] != "POST":
             return await refuse(
@@ -312,14 +315,14 @@ class Gateway:
         await self._serve(_at(scope, rest, headers), changed, receive, send, context, refuse)
 
     def _agent(self, in_path: str, headers: dict[str, str], request: dict[str, Any]) -> str:
-        """Who asks: by the path, else by the header, else by the model's name, which goes before the header where it is that of
-        an agent with an upstream: what an upstream is named for is not answered by the policy, whoever asks."""
-        if in_path:
-            found = in_path
-        else:
-            named = _named(request)
-            header = headers.get(AGENT_HEADER, "").encode("latin1").decode("utf-8", "replace")
-            found = named if self.upstream_of(named) else header or named
+        """Who asks: by the path, else by the header, else by the model's name. That goes before the header where it leads to an
+        upstream and the header to none, or an upstream lists just this name: what an upstream is named for is not answered by
+        the policy, whoever asks."""
+        asked = _model_in(request)
+        header = headers.get(AGENT_HEADER, "").encode("latin1").decode("utf-8", "replace")
+        upstream = self.upstream_of(asked) if asked else None
+        by_model = upstream and (asked in upstream.settings.agents or not self.upstream_of(header))
+        found = in_path or (asked if by_model else header) or asked or "agent"
         return found.encode("utf-8", "replace").decode()
 
     def _for_engine(self, request: dict[str, Any], mode: str) -> dict[str, Any]:
@@ -489,10 +492,10 @@ def _api_key(headers: dict[str, str]) -> str:
     return token.strip() if scheme.lower() == "bearer" and token.strip() else headers.get("x-api-key", "")
 
 
-def _named(request: dict) -> str:
-    """The agent that the request names by the model it asks for."""
+def _model_in(request: dict) -> str:
+    """The model that the request asks for by a name of its own; "" where it asks for the policy, or names none."""
     model = request.get("model")
-    return model if isinstance(model, str) and model not in ("", POLICY) else "agent"
+    return model if isinstance(model, str) and model != POLICY else ""
 
 
 def unbind(request: dict[str, Any]) -> None:
@@ -503,17 +506,6 @@ def unbind(request: dict[str, Any]) -> None:
         for place in (tool, tool.get("function")) if isinstance(tool, dict) else ():
             if isinstance(place, dict) and place.get("strict"):
                 place["strict"] = False
-
-
-def nested_over(value: Any, most: int) -> bool:
-    """Whether a JSON value has objects and arrays nested more than `most` deep."""
-    level = [value]
-    for _ in range(most):
-        if not level:
-            return False
-        inner = [part.values() if isinstance(part, dict) else part for part in level if isinstance(part, dict | list)]
-        level = [part for parts in inner for part in parts]
-    return any(isinstance(part, dict | list) for part in level)
 
 
 def media_in(request: dict) -> str:

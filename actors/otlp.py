@@ -16,6 +16,8 @@ from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import DecodeError
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
+from raygent.actors.nesting import MOST_NESTED, nested_over
+
 PROTOBUF = "application/x-protobuf"
 MAX_BYTES = 16 << 20  # of a request, unzipped
 NANO = 1e9
@@ -47,6 +49,8 @@ def spans_of(body: bytes, content_type: str) -> list[dict[str, Any]]:
     try:
         if not protobuf:
             whole = json.loads(body)
+            if nested_over(whole, MOST_NESTED):
+                raise ValueError(f"nested more than {MOST_NESTED} deep")
         return [
             _span(span, _hex if protobuf else str)
             for resource in whole.get("resourceSpans") or []

@@ -39,11 +39,27 @@ def engine_failed(error: BaseException | None, base_url: str) -> bool:
     return any(_of_engine(link, base_url) for link in _chain(error))
 
 
-def _of_engine(error: BaseException, base_url: str) -> bool:
+def gave_up(error: BaseException | None, base_url: str) -> bool:
+    """Whether `error`, or what it was raised from, is that a call took too long for its caller. Of a process, which gives no
+    exception, it may be."""
+    return error is None or any(_is_timeout(link, base_url) for link in _chain(error))
+
+
+def _is_timeout(error: BaseException, base_url: str) -> bool:
+    request = _request_of(error)
+    theirs = request is not None and str(request.url).startswith(base_url) and "Timeout" in type(error).__name__
+    return isinstance(error, TimeoutError) or theirs
+
+
+def _request_of(error: BaseException) -> Any:
     try:  # httpx's `request` raises where there is none
-        request: Any = getattr(error, "request", None) or getattr(getattr(error, "response", None), "request", None)
+        return getattr(error, "request", None) or getattr(getattr(error, "response", None), "request", None)
     except RuntimeError:
-        return False
+        return None
+
+
+def _of_engine(error: BaseException, base_url: str) -> bool:
+    request = _request_of(error)
     if request is None or not str(request.url).startswith(base_url):
         return False
     response = getattr(error, "response", None)

@@ -19,7 +19,7 @@ from raygent.actors.agent_runner import TEXT, AgentRunner, AttemptRecorder, Ende
 from raygent.actors.engine_handle import EngineError
 from raygent.actors.gateway import mint_key
 from raygent.actors.grading import Grader, GraderError, timed_out
-from raygent.actors.outcomes import NO_CALL, engine_failed, outcome_of
+from raygent.actors.outcomes import NO_CALL, engine_failed, gave_up, outcome_of
 from raygent.actors.working_folder import localised, working_folder
 from raygent.callables import ModelEndpoint, Verdict, plain, read_verdict
 from raygent.config import OPTIMISER, Config
@@ -289,12 +289,14 @@ def check_engine(ended: Ended, source: str, closed: Closed, endpoint: ModelEndpo
     Whether the agent got over the first does not matter: what it met was not its doing. Of a process no exception is to be
     had: it failed by the engine's failing where it raised, or ran out of time, after a call that the engine did not serve.
 
-    Raises UpstreamLost where an upstream failed the attempt: got over or not, what a judge did not say is in the reward.
+    Raises UpstreamLost where an upstream failed the attempt: got over or not, what a judge did not say is in the reward. And
+    where the agent ran out of time, or raised since a call took too long for it, while one waited for an upstream.
     """
     if source not in closed:
         raise EngineLost(f"engine replica {source} went away during the attempt")
-    for name, also in (("upstream_failed", True), ("upstream_waited", ended.how == "timeout")):
-        if also and (why := next((of[name] for of in closed.values() if of[name]), "")):
+    waited = ended.how == "timeout" or (ended.how == "raised" and gave_up(ended.exception, endpoint.anthropic_base_url))
+    for name in ("upstream_failed", "upstream_waited") if waited else ("upstream_failed",):
+        if why := next((of[name] for of in closed.values() if of[name]), ""):
             raise UpstreamLost(why)
     unserved = any(of["failed"] for of in closed.values())
     did_nothing = not any(of["calls"] for of in closed.values())

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from raygent.callables import ModelEndpoint
 from raygent.config import Config
-from raygent.emit import EVENTS_FILE
+from raygent.emit import EVENTS_BYTES, EVENTS_FILE
 from raygent.prompts import PROMPTS_VARIABLE
 
 SUPERVISOR = Path(__file__).with_name("supervisor.py")
@@ -31,7 +31,6 @@ JOB_COPIES = "working_dir_files"  # Ray's folder of the copies that jobs get of 
 KEPT_BYTES = 1 << 20  # of stdout and of stderr each, from the end
 TASK_BYTES = (128 << 10) - len("RAYGENT_TASK=") - 1  # Linux starts no process with a longer variable
 PROMPTS_BYTES = (128 << 10) - len(f"{PROMPTS_VARIABLE}=") - 1
-EVENTS_BYTES = 16 << 20  # of emitted rewards and spans
 REST_S = 5.0  # for the outputs of an ended process to end
 
 

@@ -54,14 +54,21 @@ def supervise(life, memory_mb, processes, command):
         except ToldToEnd:
             status = 128 + signal.SIGKILL
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        kill_descendants()
         if over:
-            os.write(life, over.encode())
+            tell(life, over)
+        kill_descendants()
         return status
     os.close(0)  # the command's own
     status = exit_status(os.waitpid(child, 0)[1])
     kill_descendants()
     return status
+
+
+def tell(life, over):
+    try:
+        os.write(life, over.encode())
+    except OSError:  # the owner is gone
+        return
 
 
 def start(command, life):
@@ -147,16 +154,20 @@ def exit_status(status):
 
 
 def kill_descendants():
-    """Kill until no child is left: killed processes' orphans become children of this one."""
-    while True:
+    """Kill until no child is left that can be: killed processes' orphans become children of this one."""
+    going = True
+    while going:
+        going = False
         for pid in descendants(os.getpid()):
+            alive = resident_bytes(pid) > 0  # no zombie
             try:
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
+                going |= alive
+            except (ProcessLookupError, PermissionError):  # the latter: it has become another user's, as by sudo
                 continue
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
-                pass
+                going = True
             time.sleep(0.002)  # rather than wait: a process forked meanwhile has to be killed too
         except ChildProcessError:
             return

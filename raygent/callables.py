@@ -162,8 +162,14 @@ def read_verdict(value: Any, who: str) -> Verdict | None:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON has it (tuples become lists). Raises TypeError or ValueError where it is nothing of the kind."""
+    """`value` as JSON has it (tuples become lists, numpy's and torch's numbers Python's). Raises TypeError or ValueError where it is nothing of the kind."""
     try:
-        return json.loads(json.dumps(value))
+        return json.loads(json.dumps(value, default=_number))
     except RecursionError as error:
         raise ValueError("nested too deep") from error
+
+
+def _number(value: Any) -> Any:
+    if (number := scalar(value)) is value:
+        raise TypeError(f"{type(value).__name__} is no JSON value")
+    return number

@@ -30,6 +30,8 @@ from contextvars import ContextVar
 from typing import Any, TypeVar
 
 EVENTS_FILE = "RAYGENT_EVENTS"
+EVENTS_BYTES = 16 << 20  # of what stands in it
+AWAITED = "raygent.awaited"  # an attribute of an event that is not the work: what the function returned is awaited yet
 AGENT_HEADER = "x-raygent-agent"
 F = TypeVar("F", bound=Callable[..., Any])
 Sink = Callable[[str, dict[str, Any]], None]  # (table "rewards" or "spans", the record's own fields)
@@ -101,7 +103,8 @@ def _event(name: str, kind: str, attributes: dict[str, Any]) -> Iterator[dict[st
         raise
     finally:
         times = {"started": started, "finished": time.time()}
-        _emit("spans", {"kind": str(kind), "name": str(name), "attributes": attributes} | times)
+        if not attributes.pop(AWAITED, False):
+            _emit("spans", {"kind": str(kind), "name": str(name), "attributes": attributes} | times)
 
 
 def agent(name: str) -> Callable[[F], F]:
@@ -114,14 +117,14 @@ def agent(name: str) -> Callable[[F], F]:
         raise ValueError(f"@agent: {name!r} goes into an HTTP header; use printable ASCII without spaces around it")
 
     @contextmanager
-    def at_work() -> Iterator[None]:
+    def at_work() -> Iterator[dict[str, Any]]:
         if not in_run():
-            yield
+            yield {}
             return
         token = acting.set(name)
         try:
-            with span(name, kind="agent"):
-                yield
+            with span(name, kind="agent") as attributes:
+                yield attributes
         finally:
             acting.reset(token)
 
@@ -138,9 +141,12 @@ def _within(context: Callable[[], AbstractContextManager[Any]], function: Any, d
             return await result
 
     def call(*positional: Any, **named: Any) -> Any:
-        with context():
+        with context() as attributes:
             result = function(*positional, **named)
-        return finish(result) if inspect.isawaitable(result) else result
+            if not inspect.isawaitable(result):
+                return result
+            attributes[AWAITED] = True
+        return finish(result)
 
     async def call_async(*positional: Any, **named: Any) -> Any:
         with context():

@@ -392,6 +392,27 @@ def test_what_would_not_be_recorded_right_is_refused(attempt):
     assert one.calls() == []
 
 
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "item_reference", "id": "msg_1"},
+        {"type": "message", "role": "assistant", "id": "m", "status": "completed", "content": []},
+        {
+            "type": "message", "role": "assistant", "id": "m", "status": "completed",
+            "content": [{"type": "refusal", "refusal": "no"}],
+        },
+        {"type": "web_search_call", "id": "w", "status": "completed", "action": {"type": "search", "query": "q"}},
+        {"type": "local_shell_call_output", "id": "l", "output": "o"},
+    ],
+)  # fmt: skip
+def test_an_item_of_responses_that_vllm_makes_no_message_of_is_the_clients_400(attempt, item):
+    one = attempt()
+    asked = {"input": [{"role": "user", "content": "say"}, item], "max_output_tokens": 4}
+    answer = httpx.post(f"{one.base_url}/v1/responses", json=asked)
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "invalid_request_error"
+    assert not any(of["failed"] for of in one.close().values())
+
+
 def test_calls_under_one_request_id_of_the_clients_are_kept_apart(attempt, read):
     one = attempt()
     same = {"extra_headers": {"x-request-id": "same"}, "extra_body": {"request_id": "same"}, "max_tokens": 40}

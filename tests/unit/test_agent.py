@@ -129,6 +129,10 @@ def test_verdicts():
     assert read_verdict(True, "the agent").value == 1.0
     assert read_verdict(False, "the agent").value == 0.0
     assert read_verdict(3, "the agent").value == 3.0
+    numbers = {"reward": np.float32(0.5), "rows": np.int64(2), "right": np.bool_(True)}
+    assert plain([np.float32(1), numbers]) == [1.0, {"reward": 0.5, "rows": 2, "right": True}]
+    with pytest.raises(TypeError, match="set is no JSON value"):
+        plain({1})
     scored = read_verdict({"reward": 0.5, "rows": 1, "why": "text"}, "the grader")
     assert (scored.value, scored.components) == (0.5, {"rows": 1.0})
     assert read_verdict("0.5", "the agent") is None
@@ -244,8 +248,10 @@ def test_a_decorated_coroutine_is_an_event_from_its_call_to_its_end():
 
     tagged = {"x-raygent-agent": "a"}
     sink_token = sink.set(recorder)
+    before = len(recorder.spans)
     for called in (raygent.agent("a")(Tool()), raygent.agent("a")(lambda: Tool()())):
         assert asyncio.run(awaited(called())) == tagged
+    assert [(span.kind, span.name, span.attributes) for span in recorder.spans[before:]] == [("agent", "a", "{}")] * 2
     sink.reset(sink_token)
     with pytest.raises(TypeError, match=r"@span: .*steps is a generator"):
 
@@ -379,6 +385,8 @@ def exits(task): sys.exit(3)
 async def exits_in_task(task): sys.exit(3)
 def hangs(task): time.sleep(4)
 async def hangs_in_task(task): await asyncio.sleep(60)
+async def part(task): sys.exit(2)
+async def exits_in_a_part(task): await asyncio.gather(part(task), asyncio.sleep(60))
 async def cancels_itself(task): asyncio.current_task().cancel(); await asyncio.sleep(1)
 async def blocks(task): time.sleep(14)
 """
@@ -410,6 +418,19 @@ def test_how_agents_in_the_worker_end(tmp_path):
         ended, _ = run(name, timeout_s=0.3)
         assert ended.how == "timeout" and "agent.timeout_s = 0.3" in ended.error
         assert time.monotonic() - started < 3
+
+
+def test_an_exit_in_a_part_of_one_agent_ends_no_other(tmp_path):
+    (tmp_path / "agents_of_test.py").write_text(AGENTS)
+
+    async def both():
+        runner = AgentRunner(config_of(tmp_path, "agents_of_test.py:exits_in_a_part"))
+        other = asyncio.create_task(runner.on_agents_loop(asyncio.sleep(0.2, "done"), 30))
+        ended = await runner.run("t", ENDPOINT, AttemptRecorder("r", 1, "w"))
+        assert ended.how == "raised" and "sys.exit(2)" in ended.error
+        assert await other == "done" and not runner.stuck
+
+    asyncio.run(both())
 
 
 def test_abandoned_threads_and_a_blocked_loop_wear_a_worker_out(tmp_path):

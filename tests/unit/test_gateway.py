@@ -6,6 +6,7 @@ import json
 import string
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import example, given
@@ -220,12 +221,22 @@ async def test_a_model_that_an_upstream_is_there_for_goes_before_the_header():
             asked.append(context.agent)
             await refuse(200, "", "")
 
-    app, vendor = App(), Vendor()
-    door = gate(app, upstream_of=lambda agent: vendor if agent == "judge" else None)
-    for model in ("judge", "policy"):
-        request = json.dumps({"model": model}).encode()
-        await call(door, f"/a/{key_for()}/v1/chat/completions", request, {"x-raygent-agent": "planner"})
-    assert asked == ["judge"] and [context.agent for context in app.contexts] == ["planner"]
+        def __init__(self, *agents):
+            self.settings = SimpleNamespace(agents=agents)
+
+    async def ask(model, header):
+        request = json.dumps({"model": model} if model else {}).encode()
+        await call(door, f"/a/{key_for()}/v1/chat/completions", request, {"x-raygent-agent": header})
+
+    app, judge, assist = App(), Vendor("judge"), Vendor("a*")
+    of = {"judge": judge, "assist": assist, "agent": assist, "author": assist}
+    door = gate(app, upstream_of=of.get)
+    for model in ("judge", "assist", "policy", None):
+        await ask(model, "planner")
+    assert asked == ["judge", "assist"] and [context.agent for context in app.contexts] == ["planner"] * 2
+    await ask("assist", "judge")  # both have an upstream, and none lists "assist" itself
+    await ask("judge", "author")
+    assert asked[2:] == ["judge", "judge"]
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
@@ -254,6 +265,19 @@ async def test_a_call_is_a_post(method):
     app = App()
     assert (await call(gate(app), f"/a/{key_for()}/v1/chat/completions", method=method))[0] == 405
     assert not app.scopes
+
+
+@pytest.mark.parametrize("rest", ["/v1/messages/count_tokens", "/v1/rewards", "/v1/traces"])
+async def test_what_is_posted_alone_is_not_to_be_had(rest):
+    status, answer = await call(gate(App()), f"/a/{key_for()}{rest}", method="GET")
+    assert status == 405 and "takes POST, not GET" in answer["error"]["message"]
+
+
+@pytest.mark.parametrize("name", ["kv_transfer_params", "ec_transfer_params"])
+async def test_what_is_between_engines_is_refused(name):
+    app, body = App(), json.dumps({name: {"prompt_token_ids": [True]}}).encode()
+    status, answer = await call(gate(app), f"/a/{key_for()}/v1/chat/completions", body)
+    assert status == 400 and answer["error"]["message"].startswith(f"{name}: ") and not app.scopes
 
 
 @pytest.mark.parametrize("name", ["%20", "%00", "a%0Ab"])
@@ -617,7 +641,7 @@ async def test_a_reward_by_http_is_kept_as_an_emitted_one():
     )
     assert (await call(door, path, b'{"value": 1}'))[0] == 401 and len(state.rewards) == 3
     assert (await call(door, "/a/rg-x.y/v1/rewards", b'{"value": 1}'))[0] == 401
-    assert (await call(door, f"/a/{key_for('other')}/v1/rewards", method="GET"))[0] == 404
+    assert (await call(door, f"/a/{key_for('other')}/v1/rewards", method="GET"))[0] == 405
 
 
 async def test_what_vllm_raises_after_its_answer_goes_no_further():

@@ -94,6 +94,14 @@ def test_anything_else_is_a_value_error(tree, raw):
             assert str(error)
 
 
+def test_what_is_nested_too_deep_is_refused():
+    """Ray could not hand it on with what the other attempts of a replica made."""
+    value = '{"foo": ' + "[" * 600 + "]" * 600 + "}"
+    body = f'{{"resourceSpans": [{{"scopeSpans": [{{"spans": [{{"attributes": [{{"key": "x", "value": {value}}}]}}]}}]}}]}}'
+    with pytest.raises(ValueError, match="nested more than 200 deep"):
+        spans_of(body.encode(), "application/json")
+
+
 def test_what_unzips_to_too_much_is_refused(monkeypatch):
     monkeypatch.setattr(otlp, "MAX_BYTES", 1000)
     with pytest.raises(ValueError, match="over 0 MiB unzipped"):

@@ -199,6 +199,31 @@ print(1)
 """
 
 
+KILLS_BUT_ONE = """
+import os, signal, subprocess, sys
+sys.path.insert(0, {folder!r})
+import supervisor
+supervisor.prctl(supervisor.PR_SET_CHILD_SUBREAPER, 1)
+other, mine = (subprocess.Popen(["sh", "-c", "sleep 60 & wait"]) for _ in range(2))
+kill = os.kill
+def refused(pid, number):
+    if pid == other.pid:
+        raise PermissionError(pid)
+    kill(pid, number)
+os.kill = refused
+supervisor.kill_descendants()
+print(len(supervisor.descendants(os.getpid())), mine.poll() is not None, other.poll() is None)
+kill(other.pid, signal.SIGKILL)
+"""
+
+
+def test_what_has_become_another_users_does_not_spare_the_rest():
+    """An agent that has started something by sudo."""
+    script = KILLS_BUT_ONE.format(folder=str(Path(SUPERVISOR).parent))
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    assert found.stdout == "1 True True\n"
+
+
 def test_too_much_memory_kills_the_whole_tree(tmp_path, processes_of):
     hog = f'{sys.executable} -c "{HOG}"'
     for script in (f"{hog} & setsid sleep 7444 & sleep 7444", f"(setsid {hog} &); setsid sleep 7444 & exec sleep 7444"):

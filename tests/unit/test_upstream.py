@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import httpx
+import openai
 import pytest
 from conversations import config
 from vendor import CHAT, CHAT_STREAM, COUNTED, USAGE, serving, sse
@@ -668,7 +669,7 @@ def test_what_try_shows_of_a_reply(body, said):
         ("returned", "down", "", True),  # got over, but the judge said nothing
         ("raised", "down", "", True),
         ("timeout", "", "its turn", True),
-        ("raised", "", "its turn", False),
+        ("raised", "", "its turn", True),
         ("returned", "", "its turn", False),
         ("raised", "", "", False),
     ],
@@ -680,6 +681,28 @@ def test_an_attempt_that_an_upstream_failed(how, failed, waited, lost):
     if not lost:
         return check_engine(ended, "e", closed, endpoint)
     with pytest.raises(UpstreamLost, match=failed or waited):
+        check_engine(ended, "e", closed, endpoint)
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (openai.APITimeoutError(httpx.Request("POST", "http://e/v1/chat/completions")), True),
+        (openai.APITimeoutError(httpx.Request("POST", "http://other/v1/chat/completions")), False),
+        (TimeoutError(), True),  # of asyncio.wait_for
+        (LookupError("no table"), False),
+    ],
+)
+def test_an_agent_that_raises_since_a_call_took_too_long_while_it_waited_for_an_upstream(error, lost):
+    closed = {"e": {"calls": 1, "failed": False, "upstream_failed": "", "upstream_waited": "its turn"}}
+    try:
+        raise RuntimeError("no judgement") from error
+    except RuntimeError as raised:
+        ended = Ended("raised", error="why", exception=raised)
+    endpoint = ModelEndpoint("http://e/v1", "key")
+    if not lost:
+        return check_engine(ended, "e", closed, endpoint)
+    with pytest.raises(UpstreamLost, match="its turn"):
         check_engine(ended, "e", closed, endpoint)
 
 
