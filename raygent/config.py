@@ -505,9 +505,10 @@ class Config(Section):
     @model_validator(mode="after")
     def prompts_fit(self) -> Config:
         if self.prompt_search and not self.prompts:
+            key = "algorithm.name" if self.changes_prompts else "algorithm.prompts.name"
             raise ValueError(
-                f"prompts: missing, and {self.prompt_search.name} improves them; add [prompts] with a name and the file of the "
-                'first version, as writer = "writer.txt"'
+                f'prompts: missing, and {key} = "{self.prompt_search.name}" improves them; add [prompts] with a name and the '
+                'file of the first version, as writer = "writer.txt"'
             )
         if self.algorithm.prompts and self.changes_prompts:
             raise ValueError(

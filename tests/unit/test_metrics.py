@@ -189,7 +189,7 @@ def test_an_evaluation_says_what_it_did_not_run(capsys):
 
         config, step, version, prompts, depends_on = config(), 4, 4, {}, ""
 
-        def ask(self, rollouts):
+        def queue(self, rollouts):
             self.rollouts = rollouts
             return 1
 

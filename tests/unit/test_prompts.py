@@ -214,7 +214,9 @@ def test_a_prompts_file_that_is_not_there_or_says_nothing(tmp_path):
 
 
 def test_what_changes_prompts_needs_prompts_and_no_learner():
-    with pytest.raises(ValueError, match=r"prompts: missing, and apo improves them; add \[prompts\]"):
+    with pytest.raises(
+        ValueError, match=r'prompts: missing, and algorithm\.name = "apo" improves them; add \[prompts\]'
+    ):
         config(algorithm={"name": "apo"})
     made = config(algorithm={"name": "gepa"}, prompts={"writer": "writer.txt"}, engine={"gpus": 1.0})
     assert (made.algorithm.group_size, made.algorithm.tasks_per_step, made.learners) == (1, 3, [])
@@ -228,7 +230,10 @@ def test_what_changes_prompts_in_turn_with_the_weights():
     search = made.prompt_search
     assert (search.name, search.group_size, search.tasks_per_step, search.steps) == ("gepa", 1, 3, 1)
     for wrong, why in (
-        ({"algorithm": {"prompts": turns}}, r"prompts: missing, and gepa improves them; add \[prompts\]"),
+        (
+            {"algorithm": {"prompts": turns}},
+            r'prompts: missing, and algorithm\.prompts\.name = "gepa" improves them; add \[prompts\]',
+        ),
         ({"algorithm": {"name": "apo", "prompts": turns}}, r"algorithm\.prompts: apo changes prompts alone"),
         ({"algorithm": {"prompts": {"name": "gepa"}}}, r"algorithm\.prompts\.every"),
         ({"algorithm": {"prompts": turns | {"name": "grpo"}}}, r"algorithm\.prompts\.name"),
