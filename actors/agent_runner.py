@@ -28,7 +28,7 @@ from raygent.actors.subprocess_agent import (
     run_command,
     stdout_span,
 )
-from raygent.callables import AGENT_OFFERS, ModelEndpoint, arguments, awaited, is_async, load_callable
+from raygent.callables import AGENT_OFFERS, TEXT, ModelEndpoint, arguments, awaited, is_async, load_callable
 from raygent.config import Config
 from raygent.emit import reward_fields, sink
 from raygent.prompts import on_trial
@@ -37,7 +37,6 @@ from raygent.records import Reward, Span, to_json
 logger = logging.getLogger("raygent")
 CANCEL_S = 5.0  # for a cancelled coroutine to end
 KILL_S = 10.0  # for a killed process tree to be gone
-TEXT = 4000  # characters of an error that are kept, from its end
 
 
 class AgentExit(Exception):

@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from raygent.config import POLICY
+
 logger = logging.getLogger("raygent.engine")
 OPENER = re.compile(r"<think(ing)?>\s*(</think(ing)?>)?")
 ANY_TOOL = [{"type": "function", "function": {"name": "any", "parameters": {}}}]  # without one parsers read no calls
@@ -171,7 +173,7 @@ def reader(
 
         messages = [{"role": "user", "content": ""}]
         try:
-            request = ChatCompletionRequest(messages=messages, model="policy", tools=tools or ANY_TOOL)
+            request = ChatCompletionRequest(messages=messages, model=POLICY, tools=tools or ANY_TOOL)
             parser = parser_class(tokenizer, request.tools)
             reasoning, content, found = parser.parse(text, request, enable_auto_tools=True)
         except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:  # it reads what was sampled

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from raygent.actors.subprocess_agent import Supervised, scrubbed_environment
-from raygent.callables import GRADER_OFFERS, Verdict, arguments, awaited, is_async, load_callable, read_verdict
+from raygent.callables import GRADER_OFFERS, TEXT, Verdict, arguments, awaited, is_async, load_callable, read_verdict
 from raygent.config import Config
 
 MOST_PROCESSES = 8  # of one worker
@@ -80,7 +80,7 @@ class Grader:
         if task.cancelled():
             raise GraderError("the grader was cancelled")
         if error := task.exception():
-            raise GraderError("".join(traceback.format_exception(error))[-4000:])
+            raise GraderError("".join(traceback.format_exception(error))[-TEXT:])
         return task.result()
 
     def _in_process(self, values: tuple[Any, Any, Any]) -> Any:
@@ -227,7 +227,7 @@ def answer(function: Any, values: list[Any]) -> dict[str, Any]:
             value = asyncio.run(awaited(value))
         verdict = read(value)
     except Exception:  # noqa: BLE001 - the user's code may raise anything; it is the reply
-        return {"error": traceback.format_exc()[-4000:]}
+        return {"error": traceback.format_exc()[-TEXT:]}
     return {"value": {"reward": verdict.value} | verdict.components}
 
 

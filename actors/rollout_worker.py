@@ -15,13 +15,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
-from raygent.actors.agent_runner import TEXT, AgentRunner, AttemptRecorder, Ended
+from raygent.actors.agent_runner import AgentRunner, AttemptRecorder, Ended
 from raygent.actors.engine_handle import EngineError
 from raygent.actors.gateway import mint_key
 from raygent.actors.grading import Grader, GraderError, timed_out
 from raygent.actors.outcomes import NO_CALL, engine_failed, gave_up, outcome_of
 from raygent.actors.working_folder import localised, working_folder
-from raygent.callables import ModelEndpoint, Verdict, plain, read_verdict
+from raygent.callables import TEXT, ModelEndpoint, Verdict, plain, read_verdict
 from raygent.config import OPTIMISER, Config
 from raygent.records import INFRASTRUCTURE, OWN_SAMPLING, SCHEMAS, SUCCEEDED, AttemptKey, Lease, Seal, to_batch
 

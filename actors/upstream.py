@@ -26,7 +26,7 @@ from raygent.actors.capture import CallRecorder, NotRecorded
 from raygent.actors.gateway import CallContext, Refusal
 from raygent.actors.tries import SHOWN, Unanswered, check_answered, wait_before_next
 from raygent.config import Upstream
-from raygent.records import Call
+from raygent.records import UPSTREAM, Call
 
 logger = logging.getLogger("raygent.engine")
 BUDGET_POLL_S = 0.05
@@ -309,7 +309,7 @@ class UpstreamProxy:
             request_id=uuid.uuid4().hex,
             choice=0,
             agent=reply.context.agent,
-            policy=f"upstream:{self.name}",
+            policy=f"{UPSTREAM}{self.name}",
             api=reply.context.api,
             request=reply.context.request,
             prompt_token_ids=[],

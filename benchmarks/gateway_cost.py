@@ -52,7 +52,6 @@ RESULTS = ROOT / "benchmarks" / "results" / "gateway_cost.json"
 SQL_MODEL = ROOT / "examples" / "sql" / "model"
 SMOLLM2 = Path.home() / ".cache" / "raygent" / "smollm2"
 SECRET, STORE = "secret", "gateway-cost-store"
-GOAL = 0.97
 TOKENS_PER_S, STREAMS = 10_000, 64  # of the stub engine
 SHORT, LONG = 8, 128  # tokens a reply
 CPU_REQUESTS, CPU_ROUNDS = {SHORT: 384, LONG: 128}, 6

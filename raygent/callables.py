@@ -17,6 +17,8 @@ from urllib.parse import quote
 from raygent.config import POLICY, ConfigError
 from raygent.emit import finite, scalar
 
+TEXT = 4000  # characters of an error of the user's code that are kept, from its end
+
 # What an agent and a grader are offered, in this order; the names by which a parameter can ask for each.
 AGENT_OFFERS = (("task", "input", "task_input"), ("model", "endpoint"))
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD

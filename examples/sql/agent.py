@@ -19,8 +19,13 @@ client = openai.AsyncOpenAI(base_url="http://127.0.0.1", api_key="each call brin
 
 async def answer(task: dict[str, str], model: Any) -> str:
     """The SQL for `task`: a dict of `database` (path of a SQLite file), `schema` and `question` (text for the model)."""
+    return await converse(task, model, f"{task['schema']}\n{task['question']}")
+
+
+async def converse(task: dict[str, str], model: Any, asked: str) -> str:
+    """`asked`: the first message to the model."""
     chat = client.with_options(base_url=model.base_url, api_key=model.api_key).chat.completions
-    messages: list[Any] = [{"role": "user", "content": f"{task['schema']}\n{task['question']}"}]
+    messages: list[Any] = [{"role": "user", "content": asked}]
     for _ in range(1 + CORRECTIONS):
         reply = await chat.create(model=model.model, messages=messages, temperature=0)
         text = reply.choices[0].message.content or ""

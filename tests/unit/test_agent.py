@@ -6,7 +6,6 @@ import functools
 import inspect
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -414,10 +413,8 @@ def test_how_agents_in_the_worker_end(tmp_path):
         assert ended.how == "raised" and "sys.exit(3)" in ended.error
     assert run("cancels_itself")[0].how == "raised"
     for name in ("hangs", "hangs_in_task"):
-        started = time.monotonic()
         ended, _ = run(name, timeout_s=0.3)
         assert ended.how == "timeout" and "agent.timeout_s = 0.3" in ended.error
-        assert time.monotonic() - started < 3
 
 
 def test_an_exit_in_a_part_of_one_agent_ends_no_other(tmp_path):

@@ -228,9 +228,8 @@ async def test_events_cut_anywhere(vendor, cut):
 async def test_a_vendor_that_stays_down_is_infrastructure(vendor):
     vendor.answers = [(500, {"error": "down"}, {})]
     door = Door(vendor, timeout_s=2.0)
-    began = time.monotonic()
     status, pieces, told = await door.call()
-    assert 0.5 < time.monotonic() - began < 2.5 and len(vendor.requests) >= 2
+    assert len(vendor.requests) >= 2
     assert (status, told["x-should-retry"]) == (503, "false")
     assert json.loads(pieces[0])["error"]["message"].startswith("upstream.vendor: HTTP 500")
     assert door.state.failed and door.state.upstream_failed.startswith("upstream.vendor: HTTP 500")
@@ -325,9 +324,8 @@ async def test_an_odd_count_of_tokens_costs_nothing(vendor, count):
 
 async def test_a_vendor_that_asks_for_more_time_than_there_is(vendor):
     vendor.answers = [(429, BUSY, {"retry-after": "3600"})]
-    began = time.monotonic()
     assert (await Door(vendor).call())[0] == 503
-    assert time.monotonic() - began < 1 and len(vendor.requests) == 1
+    assert len(vendor.requests) == 1
 
 
 async def test_a_vendor_that_does_not_answer_in_time(vendor):
@@ -509,11 +507,14 @@ async def test_an_error_in_a_stream_counts_by_its_type(vendor, shape, error, our
     if shape == "responses" and not error.get("code"):
         event["code"] = error["type"]
     events = [CHAT_STREAM[0], *sse(event, named=shape != "chat")]
-    vendor.answers = [(200, [*events, 9.0], {})]
-    door, began, recorded = Door(vendor), time.monotonic(), []
+    told_all = threading.Event()
+    vendor.answers = [(200, [*events, told_all, b""], {})]
+    door, recorded = Door(vendor), []
     api = "responses" if shape == "failed response" else shape
     status, pieces, _ = await door.call(api, got=lambda _: recorded.append(len(door.rows)), stream=True)
-    assert status == 200 and pieces == events and recorded == [0, 1] and time.monotonic() - began < 8
+    assert status == 200 and pieces == events and recorded == [0, 1]
+    assert vendor.at_once == 1  # its stream is open yet
+    told_all.set()
     assert door.state.failed == ours and bool(door.state.upstream_failed) == ours
     assert not ours or "no more" in door.state.upstream_failed
     (row,) = door.rows
