@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
@@ -42,9 +42,9 @@ class EngineUpdates(Protocol):
 class Bucket:
     """One piece of an update: either bytes in a shared-memory file or a broadcast over gloo."""
 
-    names: list[str]
-    dtypes: list[str]
-    shapes: list[list[int]]
+    names: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)
+    shapes: list[list[int]] = field(default_factory=list)
     file: str = ""
     gloo: dict[str, Any] | None = None  # host, port, size
 

@@ -34,11 +34,11 @@ from raygent.callables import AGENT_OFFERS, arguments, load_callable
 from raygent.cluster.metrics import logged_in
 from raygent.cluster.prompt_table import digest_of, read_prompts, tasks_noted
 from raygent.config import Config, ConfigError, homes_of, keys_of
+from raygent.data_files import load_tasks
 from raygent.families import NONE, parsers
 from raygent.jobs.recorded import batch_of, check_chats
 from raygent.prompts import PROMPTS_VARIABLE
 from raygent.records import Task
-from raygent.task import load_tasks
 
 SCRIPTS = (".py", ".js", ".mjs", ".cjs", ".ts", ".sh", ".rb", ".pl", ".php", ".lua", ".jl", ".R")
 # vLLM arguments that raygent sets itself, and the key that is for users ("": none).

@@ -13,9 +13,9 @@ import tomli_w
 from raygent.actors.grading import GraderError, grade_once
 from raygent.cluster.task_choice import shares
 from raygent.config import OPTIMISER, Config, ConfigError
+from raygent.data_files import load_tasks
 from raygent.jobs.check import about_model, check, cluster_resources, gpus_here, gpus_wanted, on_cluster, template_of
 from raygent.records import to_json
-from raygent.task import load_tasks
 
 # Resident memory of the processes beside what is in them; measured with a small model on CPU.
 LEARNER_PROCESS, ENGINE_PROCESSES, WORKER_PROCESS = 1.0 * 2**30, 1.8 * 2**30, 0.3 * 2**30

@@ -13,9 +13,9 @@ import pyarrow.compute as pc
 from raygent.algorithms.pass_at_k import passes
 from raygent.cluster.pacer import eval_rollouts
 from raygent.config import Config, ConfigError
+from raygent.data_files import load_tasks
 from raygent.jobs.job import run_job
 from raygent.records import Task, only
-from raygent.task import load_tasks
 
 if TYPE_CHECKING:
     from raygent.cluster.parts import Parts

@@ -19,10 +19,10 @@ from raygent.cluster.digests import digest
 from raygent.cluster.metrics import RunLog
 from raygent.cluster.prompt_table import note_tasks, read_prompts, steps_done, write_prompts
 from raygent.config import Algorithm, Config, PromptTurns
+from raygent.data_files import load_tasks
 from raygent.jobs.evaluate import evaluate
 from raygent.jobs.try_agent import messages_of, reply_of
 from raygent.records import UPSTREAM, Rollout, Task, only
-from raygent.task import load_tasks
 
 if TYPE_CHECKING:
     from raygent.cluster.parts import Parts

@@ -15,8 +15,8 @@ from raygent.actors.segments import StoreDamaged
 from raygent.actors.store_state import read_store, reader_of_winners
 from raygent.cluster.task_choice import due
 from raygent.config import Config, ConfigError
+from raygent.data_files import read_rows
 from raygent.records import SCHEMAS, only, to_batch
-from raygent.task import read_rows
 
 ELSEWHERE = -1  # the policy version of what no policy of this run sampled
 KEYS = {"messages", "tools", "agent"}

@@ -14,12 +14,12 @@ from raygent.algorithms.batch import lacking_groups, make_samples
 from raygent.cluster.metrics import RunLog, choice_metrics
 from raygent.cluster.pacer import drop_stale, refill_rollouts, train_rollouts
 from raygent.config import Config
+from raygent.data_files import load_tasks
 from raygent.jobs.evaluate import evaluate, tasks_due
 from raygent.jobs.job import run_job
 from raygent.jobs.optimise_prompts import optimise_prompts, take_turn
 from raygent.jobs.recorded import batch_of
 from raygent.records import Sample, Task
-from raygent.task import load_tasks
 
 if TYPE_CHECKING:
     from raygent.cluster.parts import Parts

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 
 from raygent.cluster.start import quiet_environment
 from raygent.config import Config, ConfigError, load
+from raygent.data_files import load_tasks
 from raygent.jobs.check import check, is_locked
 from raygent.jobs.dry_run import tell_parsers
 from raygent.records import SCHEMAS, UPSTREAM, Rollout, Task, to_json
-from raygent.task import load_tasks
 
 Row = dict[str, Any]
 SAID = ("content", "text", "reasoning_content", "thinking", "name", "arguments", "partial_json")  # of a reply's JSON

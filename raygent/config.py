@@ -43,7 +43,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, validate_default=True, allow_inf_nan=False)
 
 
-class Run(Section):
+class RunSection(Section):
     name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)
     directory: Text = "runs"
     seed: int = Field(0, ge=0, lt=2**32)
@@ -103,7 +103,7 @@ class Agent(Section):
         return self
 
 
-class Grader(Section):
+class GraderSection(Section):
     run: Text | None = None  # "grade.py:rows_equal"; None: the agent gives the reward
     timeout_s: float = Field(30.0, gt=0)
     failed_reward: float = 0.0  # of a rollout whose agent or grader failed
@@ -289,7 +289,7 @@ class Lora(Section):
     targets: list[Text] | None = Field(None, min_length=1)  # names of linear layers; None: all but the head
 
 
-class Learner(Section):
+class LearnerSection(Section):
     ranks: int = Field(2, ge=1)
     zero_stage: Literal[0, 1, 2, 3] = 2
     learning_rate: float = Field(1e-6, ge=0)
@@ -310,7 +310,7 @@ class Learner(Section):
     gate: float = Field(0.02, gt=0)  # the start gate's bound on the mean |engine - learner| logprob difference
 
 
-class Critic(Section):
+class CriticSection(Section):
     """Of ppo: what it has otherwise than [learner]."""
 
     learning_rate: float = Field(1e-5, ge=0)
@@ -320,7 +320,7 @@ class Critic(Section):
     warmup_steps: int = Field(0, ge=0)  # steps in which it alone learns
 
 
-class Engine(BaseModel):
+class EngineSection(BaseModel):
     """Besides these keys any argument of vLLM's engine by its name (`gpu_memory_utilization = 0.8`)."""
 
     model_config = ConfigDict(extra="allow", strict=True, validate_default=True, allow_inf_nan=False)
@@ -385,15 +385,15 @@ class Wandb(Section):
 
 
 class Config(Section):
-    run: Run = Run()
+    run: RunSection = RunSection()
     model: Model
     agent: Agent
-    grader: Grader = Grader()
+    grader: GraderSection = GraderSection()
     data: Data
     algorithm: Algorithm = Algorithm()
-    learner: Learner = Learner()
-    critic: Critic = Critic()
-    engine: Engine = Engine()
+    learner: LearnerSection = LearnerSection()
+    critic: CriticSection = CriticSection()
+    engine: EngineSection = EngineSection()
     workers: Workers = Workers()
     evaluate: Evaluate = Evaluate()
     wandb: Wandb = Wandb()
@@ -464,7 +464,7 @@ class Config(Section):
         return self.model_copy(update={"learner": self.learner.model_copy(update=own)})
 
     @property
-    def learners(self) -> list[Learner]:
+    def learners(self) -> list[LearnerSection]:
         """The settings of the policy's learners, and of the critic's where there is one; none where only prompts change."""
         if self.changes_prompts:
             return []

@@ -77,7 +77,7 @@ def test_every_part_killed_in_one_run(tmp_path):
     # The data order is that of a run nobody disturbed.
     from raygent.cluster.pacer import train_rollouts
     from raygent.config import load
-    from raygent.task import load_tasks
+    from raygent.data_files import load_tasks
 
     config = load(toml)
     tasks = load_tasks(config.data.train)

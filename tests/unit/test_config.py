@@ -21,9 +21,9 @@ import pytest
 from raygent.algorithms.verl_names import SOUND_LOSSES, UNSOUND_LOSSES
 from raygent.cli import main
 from raygent.config import Config, ConfigError, load
+from raygent.data_files import load_tasks
 from raygent.jobs import check
 from raygent.jobs.dry_run import count_parameters, memory_estimate
-from raygent.task import load_tasks
 
 DOCS = Path(__file__).parents[2] / "docs"
 RAY_PROCESSES = ("raylet", "gcs_server")

@@ -21,11 +21,11 @@ from raygent.callables import ModelEndpoint
 from raygent.cluster.pacer import eval_rollouts
 from raygent.cluster.prompt_table import note_tasks, prompts_in_force, read_prompts, write_prompts
 from raygent.config import Config, ConfigError
+from raygent.data_files import load_tasks
 from raygent.jobs import check
 from raygent.jobs.optimise_prompts import given_by
 from raygent.prompts import PROMPTS_VARIABLE, on_trial
 from raygent.records import PromptVersion, Task
-from raygent.task import load_tasks
 
 TASKS = [Task(str(number), f"question {number}") for number in range(40)]
 FIRST = {"writer": "Write.", "checker": "Check."}

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 
 from raygent.algorithms.batch import make_samples
 from raygent.config import ConfigError
+from raygent.data_files import load_tasks
 from raygent.jobs import check
 from raygent.jobs.recorded import batch_of, check_chats, read_chats
-from raygent.task import load_tasks
 
 CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]},

@@ -1,4 +1,4 @@
-"""The user's tasks, read from JSONL or Parquet."""
+"""The user's tasks and chats, read from JSONL or Parquet."""
 
 from __future__ import annotations
 
