@@ -522,21 +522,10 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def algorithm_fits(self) -> Config:
+    def algorithm_is_whole(self) -> Config:
         settings, named = self.algorithm, self.named_algorithm
         if named.check:
             named.check(settings)
-        if settings.teacher and settings.name in NAMES and settings.name != "distill":
-            raise ValueError(f"algorithm.teacher: {settings.name} has none; leave it out, or use distill")
-        if settings.teacher_url and self.engine.temperature != 1:
-            raise ValueError(
-                f"engine.temperature: {self.engine.temperature:g}, and the endpoint of algorithm.teacher tells what tokens "
-                "are worth at 1; leave it out, or give algorithm.teacher as a folder"
-            )
-        if named.returns and not settings.drop_flat_groups:
-            raise ValueError(
-                f"algorithm.drop_flat_groups: false leaves the critic of {settings.name} without returns for some; leave it out"
-            )
         if unknown := set(named.measures) - MEASURES:
             raise ValueError(
                 f"algorithm.name: {settings.name} has MEASURES {min(unknown)!r}; there are {', '.join(sorted(MEASURES))}"
@@ -544,6 +533,22 @@ class Config(Section):
         if "values" in named.measures and not named.returns:
             raise ValueError(
                 f"algorithm.name: {settings.name} measures values and has no function returns for the critic"
+            )
+        if named.returns and not settings.drop_flat_groups:
+            raise ValueError(
+                f"algorithm.drop_flat_groups: false leaves the critic of {settings.name} without returns for some; leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def algorithm_has_its_data(self) -> Config:
+        settings, named = self.algorithm, self.named_algorithm
+        if settings.teacher and settings.name in NAMES and settings.name != "distill":
+            raise ValueError(f"algorithm.teacher: {settings.name} has none; leave it out, or use distill")
+        if settings.teacher_url and self.engine.temperature != 1:
+            raise ValueError(
+                f"engine.temperature: {self.engine.temperature:g}, and the endpoint of algorithm.teacher tells what tokens "
+                "are worth at 1; leave it out, or give algorithm.teacher as a folder"
             )
         if self.data.rollouts and not named.off_policy:
             raise ValueError(
@@ -553,26 +558,17 @@ class Config(Section):
             raise ValueError(
                 f'data.chats: {settings.name} needs rewards, which chats have not; use algorithm.name = "sft"'
             )
-        if settings.kl and settings.kl_in == "reward" and settings.credit == "turn" and "values" not in named.measures:
-            raise ValueError(
-                'algorithm.kl_in: credit = "turn" compares the rewards of turns; use kl_in = "loss", or algorithm.name = "ppo"'
-            )
+        if self.recorded and settings.refills:
+            raise ValueError("algorithm.refills: recorded rollouts cannot be replaced by others; leave refills out")
         if settings.max_rollouts and not self.changes_prompts:
             raise ValueError(
                 f"algorithm.max_rollouts: {settings.name} takes as many as run.steps x tasks_per_step x group_size; set run.steps"
             )
-        if self.recorded and settings.refills:
-            raise ValueError("algorithm.refills: recorded rollouts cannot be replaced by others; leave refills out")
-        for key, right in (("mini_batches", 1), ("staleness", 0)):
-            if getattr(settings, key) == right:
-                continue
-            if settings.loss == "gpg" and not named.off_policy:
-                why = "the loss gpg has no ratio to correct for tokens that other weights sampled"
-                raise ValueError(f"algorithm.{key}: {why}; leave {key} out")
-            if (settings.advantage or settings.name) == "opo":
-                raise ValueError(
-                    f"algorithm.{key}: the baseline of opo is the best exactly on policy alone; leave {key} out, or use grpo"
-                )
+        return self
+
+    @model_validator(mode="after")
+    def advantages_fit(self) -> Config:
+        settings, named = self.algorithm, self.named_algorithm
         if settings.advantage is not None and settings.advantage not in ADVANTAGES:
             why = NO_ADVANTAGES.get(settings.advantage, "verl 0.9.1 has none of that name")
             raise ValueError(
@@ -582,8 +578,6 @@ class Config(Section):
             raise ValueError(
                 f"algorithm.advantage: {settings.name} has its own, by which its loss is made; leave it out"
             )
-        if settings.kl and settings.kl_in == "reward" and (named.off_policy or settings.teacher):
-            raise ValueError(f'algorithm.kl_in: {settings.name} is not made of rewards alone; use kl_in = "loss"')
         compares = ADVANTAGES[settings.advantage] if settings.advantage else named.compares_groups
         if compares and settings.group_size < 2:
             raise ValueError(
@@ -599,6 +593,27 @@ class Config(Section):
                 f'algorithm.credit: {settings.advantage or settings.name} weighs whole rollouts; use credit = "rollout", or '
                 "grpo, one of its kind, reinforce_plus_plus or ppo"
             )
+        return self
+
+    @model_validator(mode="after")
+    def loss_fits(self) -> Config:
+        settings, named = self.algorithm, self.named_algorithm
+        for key, right in (("mini_batches", 1), ("staleness", 0)):
+            if getattr(settings, key) == right:
+                continue
+            if settings.loss == "gpg" and not named.off_policy:
+                why = "the loss gpg has no ratio to correct for tokens that other weights sampled"
+                raise ValueError(f"algorithm.{key}: {why}; leave {key} out")
+            if (settings.advantage or settings.name) == "opo":
+                raise ValueError(
+                    f"algorithm.{key}: the baseline of opo is the best exactly on policy alone; leave {key} out, or use grpo"
+                )
+        if settings.kl and settings.kl_in == "reward" and settings.credit == "turn" and "values" not in named.measures:
+            raise ValueError(
+                'algorithm.kl_in: credit = "turn" compares the rewards of turns; use kl_in = "loss", or algorithm.name = "ppo"'
+            )
+        if settings.kl and settings.kl_in == "reward" and (named.off_policy or settings.teacher):
+            raise ValueError(f'algorithm.kl_in: {settings.name} is not made of rewards alone; use kl_in = "loss"')
         if settings.aggregation == "constant" and not (settings.horizon or self.model.max_tokens):
             raise ValueError(
                 'algorithm.horizon: aggregation = "constant" divides by it; set it to the tokens a rollout may sample, or set '
