@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raygent.actors.learner import Learner, add, spread
+from raygent.actors.learner import Learner, add
 from raygent.actors.micro_batches import MicroBatch
 from raygent.config import POLICY
 from raygent.records import Sample
@@ -82,4 +82,5 @@ class Critic(Learner):
 
     def _measured(self, what: str, batch: MicroBatch) -> torch.Tensor:
         """The value of what stands before each masked token, float32 [B, T], else 0."""
-        return spread(self._logits_before(self.engine, batch)[:, 0].float(), batch)
+        logits, mine = self._logits_before(self.engine, batch)
+        return self._spread(logits[:, 0].float(), mine, batch)

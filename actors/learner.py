@@ -26,6 +26,7 @@ from raygent.actors import adapters
 from raygent.actors.checkpoint import CRITIC, Checkpoint, laid_out
 from raygent.actors.environment import NO_TELEMETRY, free_port, offline
 from raygent.actors.micro_batches import MicroBatch, Share, deal, micro_batches
+from raygent.actors.sequence_parallel import SequenceParallel
 from raygent.actors.working_folder import localised, working_folder
 from raygent.algorithms.loss import kl_loss
 from raygent.config import POLICY, Config
@@ -77,6 +78,8 @@ class Learner:
         deepspeed.init_distributed("nccl" if settings.gpus else "gloo", auto_mpi_discovery=False, verbose=False)
         dtype = DTYPES[settings.dtype]
         path = str(checkpoint.path) if checkpoint and not settings.lora else self.config.model.path
+        several = settings.sequence_parallel > 1
+        self.sequence = SequenceParallel(settings, self.config.model.path, self.rank) if several else None
         model = self._load(path, dtype)
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
@@ -185,18 +188,27 @@ class Learner:
             self._use(policy)
             self.engine.set_gradient_accumulation_boundary(place == len(mine) - 1)
             scale = 1.0 / totals[policy] if totals[policy] > 0 else 0.0
-            loss = self._loss(batch.to(self.device), scale, sums, gaps)
-            self.engine.backward(loss * self.ranks, scale_wrt_gas=False)
+            told = (sums, gaps) if self._is_first else ({}, None)
+            loss = self._loss(batch.to(self.device), scale, *told)
+            # DeepSpeed takes the mean over the ranks; a group that shares sequences sums up its own (SequenceParallel.whole)
+            self.engine.backward(loss * (self.ranks / self.config.learner.sequence_parallel), scale_wrt_gas=False)
+
+    @property
+    def _is_first(self) -> bool:
+        """Of those that share sequences, who all find the same: whether this rank is the one that tells of it."""
+        return self.sequence is None or self.sequence.place == 0
 
     def _mine(self, samples: list[Sample]) -> list[tuple[str, MicroBatch]]:
         """This rank's micro-batches, each of one policy; as many and in the same order of policies on every rank."""
         settings, parts = self.config.learner, dict[str, Share]()
+        shared = settings.sequence_parallel
+        most = settings.micro_batch_tokens if shared == 1 or settings.packed else 1  # a sample each
         for place, sample in enumerate(samples):
             parts.setdefault(self.policy_of(sample), []).append((place, sample))
         return [
             (policy, batch)
             for policy, part in sorted(parts.items())
-            for batch in micro_batches(deal(part, self.ranks), self.rank, settings.micro_batch_tokens, settings.packed)
+            for batch in micro_batches(deal(part, self.ranks // shared), self.rank // shared, most, settings.packed)
         ]
 
     def _use(self, policy: str) -> None:
@@ -250,25 +262,37 @@ class Learner:
         logits are as large as the vocabulary, so they are made of the masked tokens alone.
         """
         chosen = batch.mask[:, 1:]
-        logits = self._logits_before(model, batch).float()
-        normalised = (logits / batch.temperature[:, 1:][chosen][:, None]).log_softmax(-1)
-        picked = normalised.gather(-1, batch.token_ids[:, 1:][chosen][:, None])[:, 0]
+        logits, mine = self._logits_before(model, batch)
+        temperature, token_ids = batch.temperature[:, 1:][chosen][mine], batch.token_ids[:, 1:][chosen][mine]
+        normalised = (logits.float() / temperature[:, None]).log_softmax(-1)
+        picked = normalised.gather(-1, token_ids[:, None])[:, 0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.algorithm.entropy != 0):
             entropy = -(normalised.exp() * normalised).sum(-1)
-        return spread(picked, batch), spread(entropy, batch)
+        return self._spread(picked, mine, batch), self._spread(entropy, mine, batch)
 
-    def _logits_before(self, model: Any, batch: MicroBatch) -> torch.Tensor:
-        """What `model` makes of all up to the token before each masked one: [masked tokens, logits].
+    def _logits_before(self, model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `model` makes of all up to the token before each masked one that is this rank's: [its tokens, logits]; and which
+        of the masked tokens are: bool [masked tokens].
 
         Packed, all rows are one, and their positions tell transformers where each begins, beyond which none of them sees.
         """
-        before = torch.nn.functional.pad(batch.mask[:, 1:], (0, 1))
-        if not self.config.learner.packed:
-            return model(input_ids=batch.token_ids, use_cache=False).logits[before]
-        real = batch.real
-        positions = torch.arange(real.shape[1], device=real.device).expand(real.shape)[real]
-        logits = model(input_ids=batch.token_ids[real][None], position_ids=positions[None], use_cache=False).logits
-        return logits[0, before[real]]
+        token_ids, before = batch.token_ids, torch.nn.functional.pad(batch.mask[:, 1:], (0, 1))
+        mine = torch.ones(int(before.sum()), dtype=torch.bool, device=before.device)
+        if not (self.config.learner.packed or self.sequence):
+            return model(input_ids=token_ids, use_cache=False).logits[before], mine
+        positions = torch.arange(token_ids.shape[1], device=token_ids.device).expand(token_ids.shape)
+        if self.config.learner.packed:
+            token_ids, positions, before = (row[batch.real][None] for row in (token_ids, positions, before))
+        if self.sequence:
+            mine = self.sequence.mine(before)
+            token_ids, positions, before = map(self.sequence.part, (token_ids, positions, before))
+        return model(input_ids=token_ids, position_ids=positions, use_cache=False).logits[before], mine
+
+    def _spread(self, values: torch.Tensor, mine: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """The masked tokens' values, of which this rank has `mine`, at their places: float32 [B, T], else 0."""
+        whole = self.sequence.whole(values, mine) if self.sequence else values
+        nothing = torch.zeros_like(batch.logprobs[:, 1:])
+        return torch.nn.functional.pad(nothing.masked_scatter(batch.mask[:, 1:], whole), (1, 0))
 
     @torch.no_grad()
     def measure(self, what: str, samples: list[Sample]) -> list[tuple[int, np.ndarray]]:
@@ -278,7 +302,7 @@ class Learner:
             self._use(policy)
             values = self._measured(what, batch.to(self.device))
             for row, place in enumerate(batch.places):
-                if place >= 0:
+                if place >= 0 and self._is_first:
                     found.append((place, values[row, : len(samples[place])].cpu().numpy()))
         return found
 
@@ -373,12 +397,6 @@ def checkpoint_activations(model: Any) -> None:
             module.p = 0.0
     model.train()
     model.gradient_checkpointing_enable()
-
-
-def spread(values: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-    """`values` of the masked tokens at their places: float32 [B, T], else 0."""
-    nothing = torch.zeros_like(batch.logprobs[:, 1:])
-    return torch.nn.functional.pad(nothing.masked_scatter(batch.mask[:, 1:], values), (1, 0))
 
 
 def add(sums: dict[str, float], name: str, value: float) -> None:

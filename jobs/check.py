@@ -308,6 +308,16 @@ def _check_model(config: Config) -> None:
     ):
         if name not in (None, NONE):
             _check_name(key, name, vllm_parsers(place))
+    heads = (
+        about.get("num_attention_heads") or 1,
+        about.get("num_key_value_heads") or about.get("num_attention_heads") or 1,
+    )
+    shared = config.learner.sequence_parallel
+    if about and config.learners and (heads[0] % shared or (heads[1] % shared and shared % heads[1])):
+        raise ConfigError(
+            f"learner.sequence_parallel: {shared} ranks cannot share out the {heads[0]} heads of attention ({heads[1]} of keys "
+            "and values) of the model; choose a divisor of both"
+        )
     if about:
         tools, reasoning = parsers(str(about.get("model_type")), template_of(config))
         config.model.tool_parser = config.model.tool_parser or tools

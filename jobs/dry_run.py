@@ -171,7 +171,7 @@ def memory_estimate(config: Config) -> dict[str, float]:
     if config.with_reference:
         states += width * (count_parameters(config, config.algorithm.teacher) / parameters if parameters else 1)
     vocabulary = about_model(config).get("vocab_size") or 0
-    logits = config.learner.micro_batch_tokens * vocabulary * 4 * LOGITS_COPIES
+    logits = config.learner.micro_batch_tokens / config.learner.sequence_parallel * vocabulary * 4 * LOGITS_COPIES
     engine_width = 4 if (config.engine.dtype or config.learner.dtype) == "float32" else 2
     cache = config.engine.vllm_arguments().get("kv_cache_memory_bytes", 0 if config.engine.gpus else KV_CACHE)
     return {

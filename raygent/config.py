@@ -299,6 +299,7 @@ class LearnerSection(Section):
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)
     clip_gradient: float = Field(1.0, ge=0)  # global norm; 0: none
     dtype: Literal["float32", "bfloat16"] = "float32"
+    sequence_parallel: int = Field(1, ge=1)  # ranks that share each sequence (DeepSpeed's Ulysses); divides ranks
     micro_batch_tokens: int = Field(16384, ge=1)  # tokens a forward pass takes at most (one sample always fits)
     packed: bool = False  # the samples of a forward pass one behind the other, not padded
     attention: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3"] = "sdpa"  # as transformers names them
@@ -666,10 +667,12 @@ class Config(Section):
     @model_validator(mode="after")
     def whole(self) -> Config:
         rollouts = self.algorithm.tasks_per_step * self.algorithm.group_size
-        if self.learners and rollouts % self.learner.ranks:
+        for section, learner in zip(("learner", "critic"), self.learners, strict=False):
+            self._check_sequence_parallel(section, learner)
+        if self.learners and rollouts % (apart := self.learner.ranks // self.learner.sequence_parallel):
             raise ValueError(
                 f"learner.ranks: {rollouts} rollouts a step (algorithm.tasks_per_step x algorithm.group_size) do not "
-                f"divide over {self.learner.ranks} ranks; choose a divisor of {rollouts}"
+                f"divide over {apart} ranks that have sequences of their own; choose a divisor of {rollouts}"
             )
         if self.engine.gpus and self.learners and not self.learner.gpus:
             raise ValueError(
@@ -712,6 +715,25 @@ class Config(Section):
                     f"{section}.gpus: ranks cannot share a GPU; set {section}.gpus = 1, or {section}.ranks = 1"
                 )
         return self
+
+    def _check_sequence_parallel(self, section: str, learner: LearnerSection) -> None:
+        size, key = learner.sequence_parallel, "learner.sequence_parallel"
+        if size == 1:
+            return
+        if learner.ranks % size:
+            raise ValueError(f"{key}: {size} does not divide {section}.ranks = {learner.ranks}; choose a divisor of it")
+        if learner.attention == "eager":
+            raise ValueError(f'{key}: eager attention cannot be shared out; set learner.attention = "sdpa"')
+        if learner.packed and not learner.attention.startswith("flash"):
+            raise ValueError(
+                f"{key}: {learner.attention} would see beyond a packed sample; leave learner.packed out, or set "
+                'learner.attention = "flash_attention_2"'
+            )
+        if self.algorithm.teacher and not self.algorithm.teacher_url:
+            raise ValueError(
+                f"{key}: the learners share out sequences for the policy's own model alone; give algorithm.teacher as an endpoint, "
+                "or leave it out"
+            )
 
     @property
     def nccl(self) -> bool:

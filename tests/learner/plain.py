@@ -47,6 +47,14 @@ def token_logprobs(model: Any, one: Call) -> tuple[torch.Tensor, torch.Tensor]:
     return chosen.log(), -(probabilities * probabilities.log()).sum(-1)
 
 
+@torch.no_grad()
+def sample_logprobs(model: Any, sample: Sample) -> np.ndarray:
+    """Of each token but the first, at the temperature it was sampled at; 0 where it is not trained."""
+    tokens = torch.tensor(sample.token_ids).long()
+    scores = model(tokens[None]).logits[0, :-1] / torch.tensor(sample.temperature)[1:, None]
+    return scores.log_softmax(-1)[range(len(tokens) - 1), tokens[1:]].numpy() * sample.loss_mask[1:]
+
+
 def make_batch(model_path: Path) -> Batch:
     """Call logprobs near to those of the model, so that the ratios lie within the clip and beyond it."""
     rng = np.random.default_rng(7)

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from plain import NAMES, Batch, Plain, advantages, furthest, token_logprobs
+from plain import NAMES, Batch, Plain, advantages, furthest, sample_logprobs, token_logprobs
 from ranks import Group, first_moment, gradient, gradient_with_checkpointing, on_ranks, weights
 
 from raygent.actors.micro_batches import deal, micro_batches
@@ -127,11 +126,7 @@ def test_current_and_reference_are_measured(group: Group, batch: Batch) -> None:
     samples, plain = batch.samples(config), Plain(group, config)
     for what, model in (("current", plain.model), ("reference", plain.reference)):
         for sample, found in zip(samples, group.learners.measure(what, samples), strict=True):
-            tokens = torch.tensor(sample.token_ids).long()
-            with torch.no_grad():
-                scores = model(tokens[None]).logits[0, :-1] / torch.tensor(sample.temperature)[1:, None]
-            wanted = scores.log_softmax(-1)[range(len(tokens) - 1), tokens[1:]].numpy() * sample.loss_mask[1:]
-            np.testing.assert_allclose(found[1:], wanted, atol=1e-4)
+            np.testing.assert_allclose(found[1:], sample_logprobs(model, sample), atol=1e-4)
 
 
 def test_nothing_to_learn_changes_nothing(group: Group) -> None:

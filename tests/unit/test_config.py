@@ -129,6 +129,11 @@ WRONG_SECTIONS = {
     "prompt_not_there": ({"prompts": 'writer = "writer.txt"'}, r"prompts\.writer: no file .*writer\.txt; give a text file"),
     "prompt_no_text": ({"prompts": "writer = 3"}, r"prompts\.writer: should be a valid string, not 3"),
     "prompts_a_value": ({"run": "prompts = 3"}, r"run\.prompts: unknown key"),
+    "turns_of_all": (
+        {"algorithm": 'prompts = {name = "apo", every = 5, selection_tasks = 2}', "prompts": 'writer = "adder.py"'},
+        r"algorithm\.prompts\.selection_tasks: 2 of the 2 tasks of data\.train leave none to learn from; lower it",
+    ),
+    "turns_without_every": ({"algorithm": 'prompts = {name = "apo"}'}, r"algorithm\.prompts\.every: missing"),
     "apo_without_prompts": ({"algorithm": 'name = "apo"'}, r"prompts: missing, and algorithm\.name = \"apo\" improves"),
     "selection_of_all": (
         {"algorithm": 'name = "apo"\nselection_tasks = 2', "prompts": 'writer = "adder.py"'},
@@ -278,6 +283,22 @@ WRONG_SECTIONS = {
     "ours_alone": ({"engine": 'logprobs_mode = "raw_logprobs"'}, r"engine\.logprobs_mode: .*; leave it out"),
     "ranks_on_one_gpu": ({"learner": "gpus = 0.5\nranks = 2"}, r"learner\.gpus: ranks cannot share a GPU; set learner\.gpus = 1"),
     "flash_on_cpu": ({"learner": 'attention = "flash_attention_2"'}, r"learner\.attention: .* is for GPUs and half precision"),
+    "sequence_parallel_ranks": (
+        {"learner": "ranks = 2\nsequence_parallel = 3"},
+        r"learner\.sequence_parallel: 3 does not divide learner\.ranks = 2",
+    ),
+    "sequence_parallel_eager": (
+        {"learner": 'ranks = 2\nsequence_parallel = 2\nattention = "eager"'},
+        r'learner\.sequence_parallel: eager attention .*set learner\.attention = "sdpa"',
+    ),
+    "sequence_parallel_packed": (
+        {"learner": "ranks = 2\nsequence_parallel = 2\npacked = true"},
+        r"learner\.sequence_parallel: sdpa would see beyond a packed sample; leave learner\.packed out",
+    ),
+    "sequence_parallel_heads": (
+        {"learner": "ranks = 4\nsequence_parallel = 4"},
+        r"learner\.sequence_parallel: 4 ranks cannot share out the 2 heads of attention",
+    ),
     "offload_zero_0": ({"learner": "zero_stage = 0\noffload_optimiser = true"}, r"learner\.offload_optimiser: ZeRO-0 .*zero_stage = 2"),
     "replicas_on_one_gpu": (
         {"learner": "gpus = 0.5\nranks = 1", "engine": "gpus = 0.5\nreplicas = 2"},
