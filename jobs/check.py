@@ -308,20 +308,25 @@ def _check_model(config: Config) -> None:
     ):
         if name not in (None, NONE):
             _check_name(key, name, vllm_parsers(place))
-    heads = (
-        about.get("num_attention_heads") or 1,
-        about.get("num_key_value_heads") or about.get("num_attention_heads") or 1,
-    )
-    shared = config.learner.sequence_parallel
-    if about and config.learners and (heads[0] % shared or (heads[1] % shared and shared % heads[1])):
-        raise ConfigError(
-            f"learner.sequence_parallel: {shared} ranks cannot share out the {heads[0]} heads of attention ({heads[1]} of keys "
-            "and values) of the model; choose a divisor of both"
-        )
+    _check_heads(config, about)
     if about:
         tools, reasoning = parsers(str(about.get("model_type")), template_of(config))
         config.model.tool_parser = config.model.tool_parser or tools
         config.model.reasoning_parser = config.model.reasoning_parser or reasoning
+
+
+def _check_heads(config: Config, about: dict[str, Any]) -> None:
+    """That learners which share out sequences can share out the model's attention, where its config tells of it."""
+    of_text = about.get("text_config") or about
+    shared, heads = config.learner.sequence_parallel, of_text.get("num_attention_heads")
+    if shared == 1 or not config.learners or not heads:
+        return
+    of_keys = of_text.get("num_key_value_heads") or heads
+    if heads % shared or (of_keys % shared and shared % of_keys):
+        raise ConfigError(
+            f"learner.sequence_parallel: {shared} ranks cannot share out the model's {heads} heads of attention, {of_keys} of keys "
+            "and values; choose a divisor of both"
+        )
 
 
 def template_of(config: Config) -> str:

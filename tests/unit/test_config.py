@@ -73,7 +73,9 @@ def project(tmp_path) -> Path:
 def make_model(folder: Path) -> None:
     """A folder that looks like a model: one tensor of 2 x 3."""
     folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 512, "vocab_size": 100}))
+    (folder / "config.json").write_text(
+        json.dumps({"max_position_embeddings": 512, "vocab_size": 100, "num_attention_heads": 2})
+    )
     (folder / "tokenizer.json").write_text("{}")
     header = json.dumps({"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(24))
@@ -297,7 +299,7 @@ WRONG_SECTIONS = {
     ),
     "sequence_parallel_heads": (
         {"learner": "ranks = 4\nsequence_parallel = 4"},
-        r"learner\.sequence_parallel: 4 ranks cannot share out the 2 heads of attention",
+        r"learner\.sequence_parallel: 4 ranks cannot share out the model's 2 heads of attention",
     ),
     "offload_zero_0": ({"learner": "zero_stage = 0\noffload_optimiser = true"}, r"learner\.offload_optimiser: ZeRO-0 .*zero_stage = 2"),
     "replicas_on_one_gpu": (
