@@ -34,7 +34,7 @@ KINDS = ("string", "turns", "split")
 ALGORITHMS = {  # and what they need besides
     "grpo": [],
     "rloo": [],
-    "reinforce_plus_plus": [],
+    "reinforce_plus_plus": ["learner.learning_rate=2e-3", "run.steps=80", "algorithm.entropy=0.02"],
     "ppo": [],
     "gspo": [],
     "cispo": [],
