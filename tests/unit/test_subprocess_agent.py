@@ -204,7 +204,7 @@ import os, signal, subprocess, sys
 sys.path.insert(0, {folder!r})
 import supervisor
 supervisor.prctl(supervisor.PR_SET_CHILD_SUBREAPER, 1)
-other, mine = (subprocess.Popen(["sh", "-c", "sleep 60 & wait"]) for _ in range(2))
+other, mine = subprocess.Popen(["sleep", "60"]), subprocess.Popen(["sh", "-c", "sleep 60 & wait"])
 kill = os.kill
 def refused(pid, number):
     if pid == other.pid:
