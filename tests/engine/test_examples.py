@@ -60,6 +60,7 @@ ALL = [
     Example("crew", ["author", "tester", "tester", "tester"], files=["crew.py"]),
 ]
 examples = pytest.mark.parametrize("example", ALL, ids=[example.name for example in ALL])
+TRIES = 5  # of a rollout until it is right
 QUERIES = [  # question, the query with main names, the right one
     ("which items ?", "SELECT title FROM items", "SELECT name FROM items"),
     ("what costs 3 ?", "SELECT title FROM items WHERE price = 3", "SELECT name FROM items WHERE price = 3"),
@@ -196,18 +197,26 @@ def weights(learner: Learner) -> np.ndarray:
     return np.concatenate([value.detach().float().numpy().ravel() for value in learner.engine.module.parameters()])
 
 
+async def one_that_is_right(example: Example, module, task, engine, store) -> Attempt:
+    """The model knows the tasks by heart, but what it says is sampled."""
+    for _ in range(TRIES):
+        one = Attempt(engine, store, "train", 600.0)
+        at = SimpleNamespace(
+            base_url=f"{one.base_url}/v1", anthropic_base_url=one.base_url, api_key=one.key, model="policy"
+        )
+        if await run(module, example.agent, task, at) == task["private"]["sql"]:
+            return one
+        await asyncio.to_thread(one.calls)
+    raise AssertionError(f"{example.name} says {task['private']['sql']} in none of {TRIES} runs")
+
+
 @examples
 async def test_a_step_trains_the_agents_that_are_named(
     example: Example, module, tasks, packages, engine, store, learners
 ) -> None:
     """Two rollouts, of different tasks so that they say different things, as a group: one with reward, one without."""
-    calls, attempts = [], [Attempt(engine, store, "train", 600.0) for _ in tasks]
-    for task, one in zip(tasks, attempts, strict=True):
-        at = SimpleNamespace(
-            base_url=f"{one.base_url}/v1", anthropic_base_url=one.base_url, api_key=one.key, model="policy"
-        )
-        assert await run(module, example.agent, task, at) == task["private"]["sql"]
-        calls += await asyncio.to_thread(one.calls)
+    attempts = [await one_that_is_right(example, module, task, engine, store) for task in tasks]
+    calls = [call for one in attempts for call in await asyncio.to_thread(one.calls)]
     names = ["agent" if name == "policy" else name for name in example.models]
     assert [call["agent"] for call in calls] == names * len(tasks)
 
