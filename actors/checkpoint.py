@@ -44,6 +44,9 @@ def latest_checkpoint(run_directory: Path) -> Checkpoint | None:
     found = []
     for path in (run_directory / "checkpoints").glob("step-*"):
         about = json.loads((path / "raygent.json").read_text())
-        rest = (about.get(key, {}) for key in ("laid_out", "prompts"))
-        found.append(Checkpoint(path, about["step"], about["version"], *rest))
+        found.append(
+            Checkpoint(
+                path, about["step"], about["version"], about.get("laid_out", {}), prompts=about.get("prompts", {})
+            )
+        )
     return max(found, key=lambda checkpoint: checkpoint.step, default=None)

@@ -66,10 +66,9 @@ class RolloutWorker:
         self.at: Counter[str] = Counter()  # attempts that run, by replica
         self.running: dict[AttemptKey, asyncio.Task[None]] = {}
         self.sealing: set[AttemptKey] = set()
-        self.without_engine: set[AttemptKey] = set()  # ended, but not given back before the engine is there again
-        self.without_upstream: set[AttemptKey] = (
-            set()
-        )  # ended, but not given back before its upstream has had some time
+        # Ended, but not given back before the engine is there again, or its upstream has had some time.
+        self.without_engine: set[AttemptKey] = set()
+        self.without_upstream: set[AttemptKey] = set()
         self.stopping = False
         self.wake: asyncio.Event | None = None
 

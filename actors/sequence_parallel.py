@@ -26,14 +26,17 @@ class SequenceParallel:
 
     def part(self, row: torch.Tensor) -> torch.Tensor:
         """Of `row`, [1, T], this rank's columns, [1, ceil(T / size)]; behind the end it is filled up with zeros."""
-        columns = -(-row.shape[1] // self.size)
+        columns = self._columns(row)
         whole = torch.nn.functional.pad(row, (0, columns * self.size - row.shape[1]))
         return whole[:, self.place * columns : (self.place + 1) * columns]
 
     def mine(self, chosen: torch.Tensor) -> torch.Tensor:
         """Which of the tokens where `chosen`, bool [1, T], holds are this rank's: bool [chosen tokens]."""
-        columns = -(-chosen.shape[1] // self.size)
-        return chosen[0].nonzero()[:, 0] // columns == self.place
+        return chosen[0].nonzero()[:, 0] // self._columns(chosen) == self.place
+
+    def _columns(self, row: torch.Tensor) -> int:
+        """Of each rank's part of `row`, [1, T]."""
+        return -(-row.shape[1] // self.size)
 
     def whole(self, values: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
         """The values of all chosen tokens, of which this rank has `mine`. What flows back through it is summed over the group,

@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 import whole_runs
-from whole_runs import ROOT, SQL, print_gains, save, train
+from whole_runs import ROOT, SQL, prepare, print_gains, save, train
 
 RUNS = ROOT / "runs" / "frameworks"
 RESULTS = whole_runs.RESULTS / "frameworks"
@@ -47,7 +47,7 @@ def main() -> None:
     if unknown := set(asked) - set(EXAMPLE):
         sys.exit(f"no example {', '.join(sorted(unknown))}; there are {', '.join(EXAMPLE)}")
     for made in sorted({"prepare_crew.py" if name == "crew" else "prepare_tools.py" for name in asked}):
-        subprocess.run([sys.executable, str(SQL / made)], check=True)
+        prepare(made)
     if "node" in asked and not (SQL / "node" / "node_modules").is_dir():
         subprocess.run(["npm", "ci", "--no-audit", "--no-fund"], cwd=SQL / "node", check=True)
     for name in asked:

@@ -9,10 +9,9 @@ with its paired bootstrap 95 % interval. Puts the figures into benchmarks/result
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
-from whole_runs import RESULTS, ROOT, SQL, print_gains, save, train
+from whole_runs import RESULTS, ROOT, SQL, prepare, print_gains, save, train
 
 from raygent.actors.checkpoint import latest_checkpoint
 
@@ -26,7 +25,7 @@ def run(name: str, overrides: list[str]) -> dict:
 
 def main() -> None:
     overrides = sys.argv[1:]
-    subprocess.run([sys.executable, str(SQL / "prepare.py")], check=True)
+    prepare()
     found = {"grpo": run("grpo", overrides)}
     checkpoint = latest_checkpoint(RUNS / "grpo")
     assert checkpoint

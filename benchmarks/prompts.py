@@ -9,12 +9,11 @@ prompts is read from the store. Writes benchmarks/results/prompts/NAME.json.
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pyarrow.parquet as pq
 from prompt_stub import serving
-from whole_runs import RESULTS, ROOT, SQL, print_gains, save, train
+from whole_runs import RESULTS, ROOT, SQL, prepare, print_gains, save, train
 
 RUNS = ROOT / "runs" / "prompts"
 OVERRIDES = {"apo": [], "gepa": ["run.steps=40"]}
@@ -35,7 +34,7 @@ def main() -> None:
     asked = [argument for argument in sys.argv[1:] if "=" not in argument] or list(OVERRIDES)
     if unknown := set(asked) - set(OVERRIDES):
         sys.exit(f"no algorithm {', '.join(sorted(unknown))} here; there are {', '.join(OVERRIDES)}")
-    subprocess.run([sys.executable, str(SQL / "prepare.py")], check=True)
+    prepare()
     held_out = {}
     with serving() as base_url:
         for name in asked:

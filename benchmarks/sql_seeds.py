@@ -8,10 +8,9 @@ minus before, with its paired bootstrap 95 % interval. Writes benchmarks/results
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
-from whole_runs import RESULTS, ROOT, SQL, print_gains, save, train
+from whole_runs import RESULTS, ROOT, SQL, prepare, print_gains, save, train
 
 RUNS = ROOT / "runs" / "benchmark"
 VARIANTS = {
@@ -29,7 +28,7 @@ def run(name: str, overrides: list[str]) -> dict:
 
 
 def main() -> None:
-    subprocess.run([sys.executable, str(SQL / "prepare.py")], check=True)
+    prepare()
     results = [run(name, overrides + sys.argv[1:]) for name, overrides in VARIANTS.items()]
     save(RESULTS / "sql_seeds.json", results)
     print_gains({result["variant"]: result["held_out"] for result in results})

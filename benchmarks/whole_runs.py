@@ -14,6 +14,11 @@ SQL = ROOT / "examples" / "sql"
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def prepare(script: str = "prepare.py") -> None:
+    """The SQL example's data and a model of it, where they are not made yet."""
+    subprocess.run([sys.executable, str(SQL / script)], check=True)
+
+
 def train(toml: Path, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """The summary.json of a run made anew in `folder`. Raises CalledProcessError where it fails."""
     shutil.rmtree(folder, ignore_errors=True)

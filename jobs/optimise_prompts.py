@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 UNREAD = {"prompt_token_ids", "logprobs", "policy_versions", "input", "private"}  # large, and nothing here reads them
-PROGRESS = {"reward": "score", "prompt_versions": "versions"}  # as a turn tells it, beside the step's own
 MOST_SHOWN = 6000  # characters of one transcript, from its end
 
 
@@ -107,7 +106,8 @@ def take_turn(parts: Parts, tasks: list[Task], log: RunLog) -> dict[str, float]:
     table = [row if (row["name"], row["version"]) in known else row | new for row in tree.rows(best)]
     write_prompts(config.run_directory, table)
     log.prompts(table)
-    return {f"prompts/{PROGRESS.get(name, name)}": value for name, value in progress(search).items()}
+    told_of = {"score": search.best_score, "versions": len(tree)} | counts(search)
+    return {f"prompts/{name}": value for name, value in told_of.items()}
 
 
 def searched(
@@ -120,13 +120,11 @@ def searched(
 
 def progress(search: Search) -> dict[str, float]:
     """A row of metrics.jsonl. `reward`: the best score on the selection tasks until now."""
-    return {
-        "reward": search.best_score,
-        "prompt_versions": len(search.tree),
-        "rollouts": search.rollouts,
-        "asked": search.asked,
-        "unanswered": search.unanswered,
-    }
+    return {"reward": search.best_score, "prompt_versions": len(search.tree)} | counts(search)
+
+
+def counts(search: Search) -> dict[str, float]:
+    return {"rollouts": search.rollouts, "asked": search.asked, "unanswered": search.unanswered}
 
 
 class Trials:

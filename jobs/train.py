@@ -67,22 +67,20 @@ def one_step(parts: Parts, tasks: list[Task]) -> dict[str, float]:
 
 def sampled(parts: Parts, tasks: list[Task]) -> tuple[list[Sample], dict[str, float]]:
     """The samples of what the policy does now."""
-    config, step = parts.config, parts.step
+    config, step, measured = parts.config, parts.step, parts.rewards_before(parts.step)
     for ahead in parts.admissible_steps():
         parts.queue(train_rollouts(config, tasks, ahead, parts.version, parts.rewards_before(ahead)))
     with parts.clock("rollouts"):
         tables = parts.collect(step, "train")
         for refill in range(1, config.algorithm.refills + 1):
             if lacking := lacking_groups(tables, config):
-                parts.queue(
-                    refill_rollouts(config, tasks, step, parts.version, refill, lacking, parts.rewards_before(step))
-                )
+                parts.queue(refill_rollouts(config, tasks, step, parts.version, refill, lacking, measured))
                 tables = parts.collect(step, "train")
         greedy = parts.collect(step, "greedy") if config.named_algorithm.needs_greedy else None
     with parts.clock("samples"):
         tables, stale = drop_stale(tables, parts.oldest_version())
         samples, metrics = make_samples(tables, config, greedy, parts.measure)
-        metrics |= choice_metrics(config, tasks, tables["rollouts"], parts.rewards_before(step))
+        metrics |= choice_metrics(config, tasks, tables["rollouts"], measured)
     parts.drop(stale)
     if samples:
         metrics["version_age"] = parts.age(samples)
