@@ -29,6 +29,7 @@ from raygent.actors.gateway import Gateway, ReplicaAttempt
 from raygent.actors.weight_transfer import BACKEND, node_name
 from raygent.config import POLICY, Config
 from raygent.families import NONE
+from raygent.records import AttemptKey
 
 logger = logging.getLogger("raygent.engine")
 KEY_SLACK_S = 600.0  # a key lives agent.timeout_s and some more
@@ -233,9 +234,7 @@ class Engine:
         """-1 before the first weights are told, and again once vLLM's EngineCore has died: Serve replaces the replica then."""
         return -1 if self.llm.errored else self.version
 
-    async def close_attempts(
-        self, attempts: list[tuple[str, int]]
-    ) -> tuple[str, dict[tuple[str, int], dict[str, Any]]]:
+    async def close_attempts(self, attempts: list[AttemptKey]) -> tuple[str, dict[AttemptKey, dict[str, Any]]]:
         """End the attempts: refuse their keys, cancel what they have in flight, and wait until it is recorded.
 
         Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls", "failed",

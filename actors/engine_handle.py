@@ -9,6 +9,8 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
+from raygent.records import AttemptKey
+
 CALL_TIMEOUT_S = 300.0
 LOST = (RayError, RayServeException, TimeoutError)
 
@@ -55,7 +57,7 @@ class EngineHandle:
     def status(self) -> list[dict[str, Any]]:
         return self.broadcast("status", timeout_s=30.0)
 
-    def close_attempts(self, attempts: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, dict[str, Any]]]:
+    def close_attempts(self, attempts: list[AttemptKey]) -> dict[AttemptKey, dict[str, dict[str, Any]]]:
         """End attempts on every replica: {attempt: {source: what Engine.close_attempts tells of it}}."""
         answers = self.broadcast("close_attempts", attempts)
         return {attempt: {source: closed[attempt] for source, closed in answers} for attempt in attempts}

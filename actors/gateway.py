@@ -35,6 +35,7 @@ from raygent.actors.nesting import MOST_NESTED, nested_over
 from raygent.actors.otlp import MAX_BYTES, PROTOBUF, spans_of, unzipped
 from raygent.config import POLICY
 from raygent.emit import AGENT_HEADER, reward_fields
+from raygent.records import AttemptKey
 
 if TYPE_CHECKING:  # it imports this module
     from raygent.actors.upstream import UpstreamProxy
@@ -213,7 +214,7 @@ class Gateway:
         self.checks, self.upstream_of, self.text_only = checks or {}, upstream_of, text_only
         self.app, self.secret, self.max_calls, self.ready = app, secret, max_calls, ready
         self.key_life_s, self.max_tokens = key_life_s, max_tokens
-        self.attempts: dict[tuple[str, int], ReplicaAttempt] = {}
+        self.attempts: dict[AttemptKey, ReplicaAttempt] = {}
         self.sweep_at = SWEEP_AT
 
     def attempt(self, rollout_id: str, attempt: int, expires: float) -> ReplicaAttempt:

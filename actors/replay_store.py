@@ -160,7 +160,7 @@ class ReplayStore:
             await self._durable()
         return leases
 
-    async def heartbeat(self, worker: str, held: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    async def heartbeat(self, worker: str, held: list[AttemptKey]) -> list[AttemptKey]:
         """Extend the leases `worker` holds. Returns those it no longer has: it must cancel these attempts."""
         now = self.workers[worker] = time.monotonic()
         lost = []

@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from raygent.actors.segments import SHARD, Rolled, StoreDamaged, sync_folder, write_atomically
-from raygent.records import SCHEMAS, UPSTREAM
+from raygent.records import SCHEMAS, UPSTREAM, AttemptKey
 
 StepKey = tuple[str, int]  # mode, step
 
@@ -121,7 +121,7 @@ def read_records(
     table: str,
     rolled: Rolled,
     key: StepKey,
-    attempts: set[tuple[str, int]],
+    attempts: set[AttemptKey],
     columns: list[str] | None = None,
 ) -> pa.Table:
     """The rows of `attempts` (rollout id, number), all of which belong to step `key`, in committed files."""

@@ -201,9 +201,8 @@ def _check_critic(config: Config) -> None:
             f"algorithm.name: {config.algorithm.name} needs a critic, and transformers has no model of the kind {kind} that "
             "gives each token a value; use another algorithm, as grpo"
         )
-    checkpoints = sorted((config.run_directory / "checkpoints").glob("step-*"))
-    if checkpoints and not (checkpoints[-1] / "critic").is_dir():
-        raise ConfigError(f"algorithm.name: {config.run_directory} was begun without a critic; choose another run.name")
+    if checkpoint := latest_checkpoint(config.run_directory):
+        checkpoint.of_critic()
 
 
 def _check_teacher(config: Config) -> None:

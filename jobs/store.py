@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 
 from raygent.actors.segments import KINDS, RECORDS, Contents, Rolled, StoreDamaged
-from raygent.actors.store_state import AttemptKey, State, read_store
+from raygent.actors.store_state import State, read_store
 from raygent.actors.store_tables import read_parquet, record_files
 from raygent.cluster.prompt_table import file_of
-from raygent.records import SCHEMAS
+from raygent.records import SCHEMAS, AttemptKey
 
 LOOKS = 5  # at a store that goes on
 
