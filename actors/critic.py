@@ -38,6 +38,10 @@ class Critic(Learner):
     def _load_reference(self, dtype: torch.dtype) -> Any:
         return None
 
+    @property
+    def first_step(self) -> int:
+        return 0
+
     def policy_of(self, sample: Sample) -> str:
         return POLICY  # one critic, whosever the tokens are
 
@@ -48,13 +52,14 @@ class Critic(Learner):
         """As Learner.step; `explained_variance` is 1 where the values were the returns, 0 where they told nothing of them."""
         told = super().step(samples, step)
         if "returns" not in told:  # nothing was learnt
-            return {"loss": 0.0, "gradient_norm": 0.0}
+            return {"loss": 0.0, "gradient_norm": 0.0, "updates_skipped": told["updates_skipped"]}
         variance = told["returns_squared"] - told["returns"] ** 2
         unexplained = told["error_squared"] - told["error"] ** 2
         return {
             "loss": told["loss"],
             "clip_fraction": told["clip_fraction"],
             "gradient_norm": told["gradient_norm"],
+            "updates_skipped": told["updates_skipped"],
             "returns": told["returns"],
             "explained_variance": 1 - unexplained / variance if variance > LEAST else 0.0,
         }

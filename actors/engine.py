@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
+from zlib import crc32
 
 import ray
 import torch
@@ -65,8 +66,9 @@ def environment(config: Config) -> dict[str, str]:
     }
 
 
-def vllm_flags(config: Config, model: str) -> list[str]:
-    """The arguments vLLM's own parser takes, as `vllm serve` would be given them."""
+def vllm_flags(config: Config, model: str, replica: str = "") -> list[str]:
+    """The arguments vLLM's own parser takes, as `vllm serve` would be given them. `replica`: its own name, where there are several:
+    with one seed for all they would sample the same tokens for a group's rollouts."""
     named = (config.model.tool_parser, config.model.reasoning_parser)
     tool_parser, reasoning_parser = (None if name == NONE else name for name in named)
     settings: dict[str, Any] = {
@@ -76,7 +78,7 @@ def vllm_flags(config: Config, model: str) -> list[str]:
         "max_model_len": config.model.context,
         "generation_config": "vllm",
         "logprobs_mode": "processed_logprobs",
-        "seed": config.run.seed,
+        "seed": config.run.seed if config.engine.replicas == 1 else (config.run.seed + crc32(replica.encode())) % 2**31,
         "tool_call_parser": tool_parser,
         "enable_auto_tool_choice": bool(tool_parser),
         "reasoning_parser": reasoning_parser,
@@ -157,7 +159,7 @@ class Engine:
 
         config = self.config
         model = config.model.path if config.adapters else self.model
-        args = make_arg_parser(FlexibleArgumentParser()).parse_args(vllm_flags(config, model))
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args(vllm_flags(config, model, self.source))
         validate_parsed_serve_args(args)
         llm = CapturingLLM.from_engine_args(AsyncEngineArgs.from_cli_args(args))
         assert isinstance(llm, CapturingLLM)

@@ -99,6 +99,8 @@ class Learner:
             loaded, _ = self.engine.load_checkpoint(str(checkpoint.path), tag="optimiser", load_module_strict=whole)
             if loaded is None:
                 raise RuntimeError(f"{checkpoint.path}/optimiser does not load")
+            for group in self.engine.optimizer.param_groups:  # of now, not of when it was saved
+                group.update(betas=settings.betas, weight_decay=settings.weight_decay)
         self.version = checkpoint.version if checkpoint else 0  # of the weights, as the engines have them
         self._note(start=checkpoint.step if checkpoint else 0)
 
@@ -120,6 +122,11 @@ class Learner:
     def policy_of(self, sample: Sample) -> str:
         """The weights that `sample` trains."""
         return self.config.policy_of(sample.agent)
+
+    @property
+    def first_step(self) -> int:
+        """The driver step from which on it learns: not while a critic learns alone."""
+        return self.config.critic.warmup_steps if self.config.of_critic else 0
 
     def _note(self, **fields: Any) -> None:
         """A line in the run's `learner.jsonl`, by rank 0: each start and the step it goes on from, each step applied."""
@@ -159,7 +166,7 @@ class Learner:
         started = time.monotonic()
         sums: dict[str, float] = {}
         gaps: list[np.ndarray] = []
-        norms = []
+        norms: list[float] = []
         rate = self._learning_rate(step)
         parts = _mini_batches(samples, self.config.algorithm.mini_batches)
         for number, part in enumerate(parts):
@@ -167,9 +174,12 @@ class Learner:
             self.backward(part, sums, gaps if number == 0 else None)
             norms.append(self._update())
         self._note(step=step, rollouts=sorted({sample.rollout_id for sample in samples}))
-        metrics = self._reduced(sums, len(parts)) | self._mismatch(gaps)
+        applied = [norm for norm in norms if np.isfinite(norm)]
+        metrics = {name: value for name, value in self._reduced(sums, len(parts)).items() if np.isfinite(value)}
+        metrics |= self._mismatch(gaps)
         metrics |= {
-            "gradient_norm": float(np.mean(norms)) if norms else 0.0,
+            "gradient_norm": float(np.mean(applied)) if applied else 0.0,
+            "updates_skipped": float(len(norms) - len(applied)),
             "learning_rate": rate,
             "learn_tokens_per_s": float(sum(len(sample) for sample in samples)) / (time.monotonic() - started),
         }
@@ -216,10 +226,14 @@ class Learner:
             adapters.use(self.engine.module, policy)
 
     def _update(self) -> float:
-        """The optimiser's step. Returns the norm of the whole gradient before clipping."""
+        """The optimiser's step. Returns the norm of the whole gradient before clipping; where that is not finite, as DeepSpeed's
+        ZeRO has it, the step is left out and no weight changes."""
         # DeepSpeed tells the norm only where an optimiser of its own stands around torch's
         plain = [parameter.grad for parameter in self.engine.module.parameters() if parameter.grad is not None]
         norm = None if hasattr(self.engine.optimizer, "_global_grad_norm") else torch.nn.utils.get_total_norm(plain)
+        if norm is not None and not norm.isfinite():
+            self.engine.optimizer.zero_grad()
+            return float(norm)
         self.engine.step()
         return float(self.engine.get_global_grad_norm() if norm is None else norm)
 
@@ -311,7 +325,8 @@ class Learner:
         return self._token_logprobs(self.engine if what == "current" else self.reference, batch)[0]
 
     def _learning_rate(self, step: int) -> float:
-        settings, steps = self.config.learner, max(self.config.run.steps, 1)
+        settings, steps = self.config.learner, max(self.config.run.steps - self.first_step, 1)
+        step = max(step - self.first_step, 0)
         rate = settings.learning_rate * (1 - step / steps if settings.decay == "linear" else 1.0)
         rate *= min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
         return rate

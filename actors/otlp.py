@@ -9,7 +9,7 @@ import base64
 import json
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -20,6 +20,7 @@ from raygent.actors.nesting import MOST_NESTED, nested_over
 
 PROTOBUF = "application/x-protobuf"
 MAX_BYTES = 16 << 20  # of a request, unzipped
+MOST_SPANS = 10_000  # of a request: an empty one has two bytes there, and hundreds as a record
 NANO = 1e9
 IDS = {"otlp.trace_id": "traceId", "otlp.span_id": "spanId", "otlp.parent_span_id": "parentSpanId"}
 
@@ -43,22 +44,30 @@ def spans_of(body: bytes, content_type: str) -> list[dict[str, Any]]:
     protobuf = content_type.startswith(PROTOBUF)
     if protobuf:
         try:
-            whole = MessageToDict(ExportTraceServiceRequest.FromString(body), use_integers_for_enums=True)
+            request = ExportTraceServiceRequest.FromString(body)
         except DecodeError as error:
             raise ValueError(f"no ExportTraceServiceRequest: {error}") from error
+        _check_number(len(scope.spans) for resource in request.resource_spans for scope in resource.scope_spans)
+        whole = MessageToDict(request, use_integers_for_enums=True)
     try:
         if not protobuf:
             whole = json.loads(body)
             if nested_over(whole, MOST_NESTED):
                 raise ValueError(f"nested more than {MOST_NESTED} deep")
-        return [
-            _span(span, _hex if protobuf else str)
+        every = [
+            scope.get("spans") or []
             for resource in whole.get("resourceSpans") or []
             for scope in resource.get("scopeSpans") or []
-            for span in scope.get("spans") or []
         ]
+        _check_number(map(len, every))
+        return [_span(span, _hex if protobuf else str) for spans in every for span in spans]
     except (TypeError, AttributeError, LookupError, RecursionError, OverflowError) as error:
         raise ValueError(f"no ExportTraceServiceRequest: {error}") from error
+
+
+def _check_number(counts: Iterable[int]) -> None:
+    if (number := sum(counts)) > MOST_SPANS:
+        raise ValueError(f"{number} spans in a request; send at most {MOST_SPANS} at once")
 
 
 def _gunzipped(body: bytes) -> bytes:

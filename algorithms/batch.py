@@ -166,10 +166,16 @@ def _acted(rollouts: list[Row], tables: dict[str, pa.Table], config: Config) -> 
         for item in acted:  # a failed rollout has grader.failed_reward, all of it
             reward = of_agents.get((name, item.agent), whole) if succeeded else whole
             reward += overlong_penalty(sum(node.response_length for node in item.nodes), config.algorithm)
-            entries.append(Entry(row, item, reward, _on_trained(item, of_turns.get(name, {})) if succeeded else {}))
+            by_turn = _on_trained(item, of_turns.get(name, {})) if succeeded else {}
+            entries.append(Entry(row, item, _exact(reward), {call: _exact(value) for call, value in by_turn.items()}))
         if not acted:
-            entries.append(Entry(row, None, whole, {}))
+            entries.append(Entry(row, None, _exact(whole), {}))
     return entries, seen
+
+
+def _exact(reward: float) -> float:
+    """`reward` to 12 digits: 0.1 + 0.2 is no better than 0.3, neither for who wins nor for whether a group has signal."""
+    return float(f"{reward:.12g}")
 
 
 def _on_trained(trajectory: Trajectory, rewards: dict[int, float]) -> dict[int, float]:

@@ -2,9 +2,10 @@
 
     python benchmarks/prompt_stub.py PORT
 
-It knows nothing of the tasks, the rewards or the right prompt. Asked for a critique it makes one of its COMPLAINTS, asked for a
+It knows nothing of the tasks and the rewards. Asked for a critique it makes one of its COMPLAINTS, asked for a
 new prompt it does to the old one what the critique says, or some complaint where there is none; which one, the request's hash
-decides. Half of the complaints make most prompts worse: it is the search that finds out.
+decides, not what it was shown. Three of the five undo what makes the example's first prompt strange to its model, the others do
+harm: so this tries the search, its selection and the way there, and not how well a model criticises.
 """
 
 from __future__ import annotations

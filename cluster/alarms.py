@@ -28,13 +28,21 @@ SIGNS: dict[str, tuple[Callable[[float, float], bool], str]] = {
         "calls no longer extend the ones before, so tokens are trained out of their context; see engine.continuation",
     ),
 }
+SKIPPED = "updates_skipped"
+ALARMS = (SKIPPED, *SIGNS)
 
 
 def signs(rows: list[Row]) -> dict[str, str]:
-    """By name what the last SPAN rows show against the first; empty while there are fewer than twice as many."""
-    if len(rows) < 2 * SPAN:
-        return {}
+    """By name what the last SPAN rows show against the first, once there are twice as many; and whether the last step's
+    updates were left out."""
     found = {}
+    if skipped := sum(rows[-1].get(name, 0.0) for name in (SKIPPED, f"critic/{SKIPPED}")) if rows else 0.0:
+        found[SKIPPED] = (
+            f"{skipped:.0f} updates of this step were left out, since their gradients were not finite; "
+            'look at the rewards and losses, lower learner.learning_rate, or use learner.dtype = "float32"'
+        )
+    if len(rows) < 2 * SPAN:
+        return found
     for name, (is_sign, words) in SIGNS.items():
         first, last = (_mean(name, part) for part in (rows[:SPAN], rows[-SPAN:]))
         if first is not None and last is not None and is_sign(first, last):

@@ -16,7 +16,7 @@ import pyarrow as pa
 from raygent.actors.segments import write_atomically
 from raygent.algorithms.curriculum import Groups
 from raygent.algorithms.intervals import mean_interval, paired_gain
-from raygent.cluster.alarms import SIGNS, SPAN, signs
+from raygent.cluster.alarms import ALARMS, SPAN, signs
 from raygent.cluster.digests import digest, judge_digest
 from raygent.cluster.task_choice import expected_by_task
 from raygent.config import Config
@@ -107,7 +107,7 @@ class RunLog:
             self.note(f"ALARM {found[name]}")
             self.wandb.alert(title=f"raygent: {name}", text=found[name])
         self.told = set(found)
-        alarms = {f"alarm/{name}": float(name in found) for name in SIGNS}
+        alarms = {f"alarm/{name}": float(name in found) for name in ALARMS}
         self.wandb.log({"train/" + name: value for name, value in metrics.items()} | alarms | {"step": step + 1})
 
     def evaluation(self, step: int, tables: dict[str, pa.Table], summary: dict[str, float]) -> None:

@@ -23,7 +23,7 @@ import ray
 from raygent.actors.checkpoint import Checkpoint, latest_checkpoint
 from raygent.actors.critic import Critic
 from raygent.actors.engine_handle import EngineFailed, EngineUnavailable, last_line
-from raygent.actors.learner import LearnerGroup
+from raygent.actors.learner import LearnerGroup, LearnerLost
 from raygent.actors.replay_store import ReplayStore
 from raygent.actors.segments import write_atomically
 from raygent.algorithms.curriculum import Groups
@@ -333,7 +333,8 @@ class Parts:
 
     def checkpoint_if_due(self) -> None:
         if self.step % self.config.run.checkpoint_every == 0:
-            self.checkpoint()
+            with self.clock("checkpoint"):
+                self.checkpoint()
 
     def checkpoint(self) -> None:
         """Weights and optimiser of `step`, and the store's sealed logs rolled into Parquet."""
@@ -347,18 +348,22 @@ class Parts:
 
         Raises RuntimeError where they died MOST_RESTARTS times since that checkpoint.
         """
-        assert self.learners
         checkpoint = latest_checkpoint(self.directory)
         self._stand_at(checkpoint)
-        self.restarts[self.step] += 1
-        if self.restarts[self.step] > MOST_RESTARTS:
-            raise RuntimeError(
-                f"the learners died {MOST_RESTARTS} times between step {self.step} and the next checkpoint"
-            )
-        self._start_learners(checkpoint)
         self.gated = False
         ray.get(self.store.rewind.remote(self.step))
-        self.push()
+        while True:
+            self.restarts[self.step] += 1
+            if self.restarts[self.step] > MOST_RESTARTS:
+                raise RuntimeError(
+                    f"the learners died {MOST_RESTARTS} times between step {self.step} and the next checkpoint"
+                )
+            try:
+                self._start_learners(checkpoint)
+                self.push()
+                return
+            except LearnerLost as lost:
+                logger.warning("%s; starting them once more", lost)
 
     def counts(self) -> dict[str, Any]:
         """What the summary tells besides the rows of metrics.jsonl: policy version, rollouts by fate, and the seconds by part

@@ -4,6 +4,7 @@ parents, written whole by the driver; and `prompts/NAME.txt`, the best version o
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +13,31 @@ import pyarrow as pa
 from raygent.actors.checkpoint import Checkpoint
 from raygent.actors.segments import write_atomically
 from raygent.actors.store_tables import read_parquet, write_parquet
-from raygent.cluster.digests import digest
+from raygent.cluster.digests import digest, evaluation_digest
 from raygent.cluster.metrics import read_lines
 from raygent.config import Config
 from raygent.records import PROMPTS, PromptVersion, Task, to_batch
 
 Row = dict[str, Any]
-TASKS = "train-tasks"  # a file of the run: what its training tasks were
+BEGUN = "begun.json"  # a file of the run: what its prompts are scored by
 
 
-def digest_of(tasks: list[Task]) -> str:
-    return digest(*([task.id, task.input, task.private] for task in tasks))
+def scored_by(config: Config, tasks: list[Task]) -> dict[str, str]:
+    """Digests of what the scores of prompts depend on: the training tasks, and the rest (digests.evaluation_digest())."""
+    return {
+        "tasks": digest(*([task.id, task.input, task.private] for task in tasks)),
+        "rest": evaluation_digest(config),
+    }
 
 
-def note_tasks(run_directory: Path, tasks: list[Task]) -> None:
-    write_atomically(run_directory / TASKS, [digest_of(tasks).encode()])
+def note_begun(config: Config, tasks: list[Task]) -> None:
+    write_atomically(config.run_directory / BEGUN, [json.dumps(scored_by(config, tasks)).encode()])
 
 
-def tasks_noted(run_directory: Path) -> str | None:
-    """digest_of() the tasks that the run was begun with; None of one not begun."""
-    file = run_directory / TASKS
-    return file.read_text() if file.is_file() else None
+def begun_by(run_directory: Path) -> dict[str, str] | None:
+    """scored_by() as the run was begun; None of one not begun."""
+    file = run_directory / BEGUN
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
 def file_of(store: Path) -> Path:

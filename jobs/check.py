@@ -32,7 +32,7 @@ from raygent.actors.subprocess_agent import (
 from raygent.algorithms.named import PROMPT_NAMES
 from raygent.callables import AGENT_OFFERS, arguments, load_callable
 from raygent.cluster.metrics import logged_in
-from raygent.cluster.prompt_table import digest_of, read_prompts, tasks_noted
+from raygent.cluster.prompt_table import begun_by, read_prompts, scored_by
 from raygent.config import Config, ConfigError, homes_of, keys_of
 from raygent.data_files import load_tasks
 from raygent.families import NONE, parsers
@@ -277,9 +277,16 @@ def _check_prompts(config: Config) -> None:
 
 def _check_search_begun(config: Config, tasks: list[Task]) -> None:
     """That all steps of a run that changes prompts alone come out as they did."""
-    if tasks_noted(config.run_directory) not in (None, digest_of(tasks)):
+    now = scored_by(config, tasks)
+    begun = begun_by(config.run_directory) or now
+    if begun["tasks"] != now["tasks"]:
         raise ConfigError(
             f"data.train: {config.run_directory} was begun with other tasks, by which its prompts were made; choose another run.name"
+        )
+    if begun["rest"] != now["rest"]:
+        raise ConfigError(
+            f"grader, agent, model, engine or upstream: {config.run_directory} was begun with others, or their files said otherwise, "
+            "and by these its prompts were scored; put back what you changed, or choose another run.name"
         )
     if (config.run_directory / "config.toml").is_file():
         before = tomllib.loads((config.run_directory / "config.toml").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -36,7 +37,7 @@ def evaluate(parts: Parts, tasks: list[Task]) -> tuple[dict[str, pa.Table], dict
     """Run the tasks at the version served now, which stays pinned until they have ended.
 
     Rollouts of this step that the store has already stay as they are. Returns the store's tables of all of them and a
-    summary: `reward`, `n` (tasks with a reward), `lost` (those that infrastructure lost), `several_calls_share` (rollouts of more than
+    summary: `reward` (the mean over tasks of the mean over a task's rollouts), `n` (tasks with a reward), `lost` (those that infrastructure lost), `several_calls_share` (rollouts of more than
     one call) and `several_calls_reward` (mean reward of those), `calls` (a rollout), and with several `evaluate.samples` `pass@k`, where
     a reward of 1 passes.
     """
@@ -60,14 +61,15 @@ def summarise(tables: dict[str, pa.Table]) -> dict[str, float]:
     number = dict(zip(counted["rollout_id"].to_pylist(), counted["sequence_count"].to_pylist(), strict=True))
     turns = np.array([number.get(rollout, 0) for rollout in rollouts["rollout_id"].to_pylist()])
     again = turns > 1
-    tries: dict[str, list[bool]] = defaultdict(list)
+    by_task: dict[str, list[float]] = defaultdict(list)
     for task, reward in zip(rollouts["task_id"].to_pylist(), rewards, strict=True):
         if not np.isnan(reward):
-            tries[task].append(bool(reward >= PASSED))
+            by_task[task].append(float(reward))
+    tries = {task: [reward >= PASSED for reward in got] for task, got in by_task.items()}
     return {
-        "reward": float(rewards[known].mean()) if known.any() else float("nan"),
-        "n": len(tries),
-        "lost": pc.count_distinct(rollouts["task_id"]).as_py() - len(tries),
+        "reward": fmean(map(fmean, by_task.values())) if by_task else float("nan"),
+        "n": len(by_task),
+        "lost": pc.count_distinct(rollouts["task_id"]).as_py() - len(by_task),
         "calls": float(turns.mean()) if len(turns) else 0.0,
         "several_calls_share": float(again.mean()) if len(turns) else 0.0,
         "several_calls_reward": float(rewards[again & known].mean()) if (again & known).any() else 0.0,

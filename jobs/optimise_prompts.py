@@ -17,7 +17,7 @@ from raygent.algorithms.prompt_search import Candidate, Prompts, Search, Tree, T
 from raygent.callables import read_verdict
 from raygent.cluster.digests import digest
 from raygent.cluster.metrics import RunLog
-from raygent.cluster.prompt_table import note_tasks, read_prompts, steps_done, write_prompts
+from raygent.cluster.prompt_table import note_begun, read_prompts, steps_done, write_prompts
 from raygent.config import Algorithm, Config, PromptTurns
 from raygent.data_files import load_tasks
 from raygent.jobs.evaluate import evaluate
@@ -43,7 +43,7 @@ def optimise_prompts(config: Config) -> None:
     done = steps_done(config.run_directory)
     log.resume(done)
     with Parts(config, learn=False) as parts:
-        note_tasks(config.run_directory, tasks)
+        note_begun(config, tasks)
         trials = Trials(parts, settings.group_size)
 
         def told(search: Search) -> None:
@@ -141,7 +141,7 @@ class Trials:
         """One trial a pair, of so many `samples` each; those of one pair that stands there twice are the same."""
         groups, rollouts = [], {}
         for prompts, task in pairs:
-            of_prompts = digest({name: prompt["text"] for name, prompt in prompts.items()})
+            of_prompts = digest({name: prompt["text"] for name, prompt in prompts.items()}, self.parts.depends_on)
             groups.append(f"score-{self._place(step)}-{of_prompts}-{digest(task.id, task.input, task.private)}")
             for index in range(self.samples):
                 name, version = f"{groups[-1]}-{index}", self.parts.version

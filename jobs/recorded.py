@@ -81,8 +81,16 @@ def read_chats(path: str) -> list[tuple[str, dict[str, Any]]]:
             raise ConfigError(f'{where} needs "messages", a list of {{"role": ..., "content": ...}}')
         if unknown := sorted(row.keys() - KEYS):
             raise ConfigError(f"{where} has {unknown[0]!r}; a chat has {', '.join(sorted(KEYS))}")
-        if not any(one["role"] == "assistant" for one in messages):
-            raise ConfigError(f"{where} has no message of the assistant, so nothing to be learnt")
+        if not isinstance(row.get("agent") or "", str):
+            raise ConfigError(f'{where} has "agent": {row["agent"]!r}; write its name as text, or leave it out')
+        said = [one for one in messages if one["role"] == "assistant"]
+        if empty := [
+            one for one in said if not any(value for name, value in one.items() if name not in ("role", "name"))
+        ]:
+            number = messages.index(empty[0]) + 1
+            raise ConfigError(f"{where}: message {number} of the assistant says nothing; give it content or tool_calls")
+        if not said or said == messages[:1]:
+            raise ConfigError(f"{where} has no message of the assistant behind another one, so nothing to be learnt")
     if not rows:
         raise ConfigError(f'data.chats: {path} holds no chat; a line is {{"messages": [...]}}')
     return rows
@@ -135,14 +143,15 @@ def _tables_of_chats(config: Config, chats: list[tuple[int, str, dict[str, Any]]
 
 
 def tokens_of(config: Config, place: str, chat: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
-    """For each message of the assistant the tokens before it and its own, as the chat template renders them.
+    """For each message of the assistant the tokens before it and its own, as the chat template renders them; where the chat begins
+    with one, as with a greeting, not for that: nobody is asked for it.
 
     Raises ConfigError where the template does not go on from the one to the other.
     """
     tokenizer, where = _tokenizer(config), f"data.chats: {config.data.chats} {place}"
     messages, tools, found = chat["messages"], chat.get("tools"), []
     for number, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or number == 0:
             continue
         prompt = _rendered(tokenizer, messages[:number], tools, where, True)
         whole = _rendered(tokenizer, messages[: number + 1], tools, where, False)

@@ -45,6 +45,7 @@ def train(config: Config) -> None:
                     parts.checkpoint()
                     break
                 log.step(parts.step, take_turn(parts, tasks, log) | one_step(parts, tasks))
+                parts.checkpoint_if_due()  # behind the line: a step that a checkpoint has done has one
             except LearnerLost as lost:
                 log.note(f"{lost}; going on from the last checkpoint")
                 parts.restart_learners()
@@ -60,8 +61,6 @@ def one_step(parts: Parts, tasks: list[Task]) -> dict[str, float]:
         metrics |= parts.learn(samples)
     with parts.clock("weights"):
         metrics |= parts.push()
-    with parts.clock("checkpoint"):
-        parts.checkpoint_if_due()
     return metrics | parts.taken_seconds()
 
 

@@ -438,7 +438,15 @@ class Config(Section):
         if isinstance(turns := section.get("prompts"), dict) and turns.get("name") in PROMPT_NAMES:
             section = section | {"prompts": algorithm(turns["name"], Path()).defaults | turns}
         of_chats = {"threshold": 1.0} if isinstance(data := tree.get("data"), dict) and data.get("chats") else {}
-        return tree | {"algorithm": named.defaults | of_chats | section}
+        own = named.defaults
+        if (loss := section.get("loss")) not in (
+            None,
+            own.get("loss", "vanilla"),
+        ):  # each loss has a clip range of its own
+            other = algorithm(loss, Path()).defaults if loss in NAMES else {}
+            own = {key: value for key, value in own.items() if not key.startswith("clip_")}
+            own |= {key: value for key, value in other.items() if key.startswith("clip_")}
+        return tree | {"algorithm": own | of_chats | section}
 
     @property
     def named_algorithm(self) -> Named:
@@ -575,7 +583,7 @@ class Config(Section):
             raise ValueError(
                 f"algorithm.advantage: {settings.advantage}: {why}; use one of {', '.join(ADVANTAGES)}, or leave it out"
             )
-        if settings.advantage and (named.measures or named.off_policy):
+        if settings.advantage and (named.measures or named.off_policy or named.needs_greedy):
             raise ValueError(
                 f"algorithm.advantage: {settings.name} has its own, by which its loss is made; leave it out"
             )

@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 
 EVENTS_FILE = "RAYGENT_EVENTS"
 EVENTS_BYTES = 16 << 20  # of what stands in it
+MOST = 1e12  # of a reward or a component: squares and sums of these are still numbers, in float32 too
 AWAITED = "raygent.awaited"  # an attribute of an event that is not the work: what the function returned is awaited yet
 AGENT_HEADER = "x-raygent-agent"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -177,7 +178,7 @@ class _Nothing:
 
 
 def finite(value: Any, what: str) -> float:
-    """`value` as a float; True is 1. Raises TypeError for no number, ValueError for nan, infinities and what is beyond them."""
+    """`value` as a float; True is 1. Raises TypeError for no number, ValueError for nan, infinities and what is beyond MOST."""
     value = scalar(value)
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{what} is a number, not {type(value).__name__} {str(value)[:80]!r}")
@@ -185,8 +186,8 @@ def finite(value: Any, what: str) -> float:
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"{what} is {number}; it has to be finite")
+    if not abs(number) <= MOST:  # nor is nan
+        raise ValueError(f"{what} is {number:g}; it has to be finite, and within +-{MOST:g}")
     return number
 
 

@@ -1,14 +1,15 @@
 """Make crew_model/, for the CrewAI crew of crew.py: a small Llama as prepare_tools.py's, that knows CrewAI's prompts.
 
-Its demonstrations are the crew's calls of an oracle in the place of a vendor, made in CrewAI's own environment, which
-`uv sync --script` installs first, compiled (about 0.5 GB). Some minutes; run again it does nothing, unless this
-folder's recipe has changed.
+Its demonstrations are the crew's calls of an oracle in the place of a vendor, made on a few tasks in CrewAI's own environment,
+which `uv sync --script` installs first, compiled (about 0.5 GB), and then filled in with other tasks. Some minutes; run again
+it does nothing, unless this folder's recipe has changed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import time
 from typing import Any
@@ -17,11 +18,17 @@ from database import HERE
 from oracle import oracle_of
 from prepare import encode, is_made, make_data, recipe_of, settle
 from prepare_tools import teach
+from sql_tool import run_sql
 
-TASKS = {"train": 600, "validation": 60}
+RECORDED = 30  # tasks
+VALIDATION = 150  # tasks
+WRITTEN = 1500  # calls of the author
 COPIES = 300  # calls in which the tester takes a query over, learnt soon
-A_PROCESS = 50  # tasks: the more crews CrewAI 1.6 has run in a process, the slower the next
+ENOUGH, MOST_STEPS = 0.2, 600
 CONTEXT = 1024
+
+Call = dict[str, Any]  # `model`, and `messages` with the reply at their end
+Parts = dict[str, str]
 
 
 def main() -> None:
@@ -34,29 +41,80 @@ def main() -> None:
         return
     settle()
     tasks = make_data()
-    train, validation = (record(tasks[split][:number]) for split, number in TASKS.items())
-    print(f"recorded after {time.time() - started:.0f} s")
-    copied = [call for call in train if call["model"] == "tester" and not corrects(call)]
-    train = [call for call in train if call["model"] == "author" or corrects(call)] + copied[:COPIES]
-    teach("crew_model", recipe, train, [call for call in validation if corrects(call)], encode_reply, CONTEXT)
+    recorded = record(tasks["train"][:RECORDED])
+    patterns = patterns_of(recorded, tasks["train"])
+    train, validation = (
+        [call for task in part for call in filled(patterns, parts_of(task))]
+        for part in (tasks["train"], tasks["validation"][:VALIDATION])
+    )
+    print(f"demonstrations after {time.time() - started:.0f} s")
+    written = [call for call in train if call["model"] == "author"][:WRITTEN]
+    copied = [call for call in train if call["model"] == "tester" and not corrects(call)][:COPIES]
+    corrected, held_out = ([call for call in calls if corrects(call)] for calls in (train, validation))
+    teach("crew_model", recipe, written + copied + corrected, held_out, encode_reply, CONTEXT, ENOUGH, MOST_STEPS)
     print(f"done in {time.time() - started:.0f} s")
 
 
-def record(tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The crew's calls: the oracle's `seen`, with the reply at the end of `messages`."""
+def record(tasks: list[dict[str, Any]]) -> dict[str, list[Call]]:
+    """The crew's calls of the oracle, by task."""
     python = subprocess.check_output(["uv", "python", "find", "--script", "crew.py"], cwd=HERE, text=True).strip()
+    calls: dict[str, list[Call]] = {}
     with oracle_of(tasks) as oracle:
         environment = os.environ | {"OPENAI_BASE_URL": f"{oracle.url}/v1"}
-        for start in range(0, len(tasks), A_PROCESS):
-            lines = "".join(json.dumps(task) + "\n" for task in tasks[start : start + A_PROCESS])
-            subprocess.run([python, "record_crew.py"], cwd=HERE, env=environment, input=lines, text=True, check=True)
-    return [call | {"messages": [*call["messages"], call["reply"]]} for call in oracle.seen]
+        lines = "".join(json.dumps(task) + "\n" for task in tasks)
+        subprocess.run([python, "record_crew.py"], cwd=HERE, env=environment, input=lines, text=True, check=True)
+    for call in oracle.seen:
+        messages = [*call["messages"], call["reply"]]
+        calls.setdefault(call["task"], []).append({"model": call["model"], "messages": messages, "tools": []})
+    return calls
 
 
-def corrects(call: dict[str, Any]) -> bool:
+def parts_of(task: dict[str, Any]) -> Parts:
+    """What of a task stands in the crew's prompts and replies."""
+    question, private = task["input"], task["private"]
+    parts = {"asked": f"{question['schema']}\n{question['question']}", "guess": private["guess"]}
+    parts["tried"] = run_sql(question["database"], private["guess"])
+    if not parts["tried"].startswith("rows:"):
+        parts |= {"sql": private["sql"], "found": run_sql(question["database"], private["sql"])}
+    return parts
+
+
+def patterns_of(recorded: dict[str, list[Call]], tasks: list[dict[str, Any]]) -> list[tuple[Parts, list[Call]]]:
+    """Of a task whose first query gives rows and of one whose first query does not: its parts and calls. The calls of all other
+    recorded tasks must be these, filled in: so is what nobody has recorded."""
+    found: dict[frozenset[str], tuple[Parts, list[Call]]] = {}
+    of = {task["id"]: parts_of(task) for task in tasks if task["id"] in recorded}
+    for name, calls in recorded.items():
+        found.setdefault(frozenset(of[name]), (of[name], calls))
+    for name, calls in recorded.items():
+        if filled(list(found.values()), of[name]) != calls:
+            raise SystemExit(
+                f"{name}: CrewAI's prompts are others here than with another task; record all that is learnt from"
+            )
+    return list(found.values())
+
+
+def filled(patterns: list[tuple[Parts, list[Call]]], parts: Parts) -> list[Call]:
+    """The calls of a task of these parts."""
+    (before, calls) = next(pattern for pattern in patterns if pattern[0].keys() == parts.keys())
+    now = {before[name]: parts[name] for name in before}
+    any_of = re.compile("|".join(re.escape(text) for text in sorted(now, key=len, reverse=True)))
+    return [
+        call
+        | {
+            "messages": [
+                message | {"content": any_of.sub(lambda match: now[match[0]], message["content"])}
+                for message in call["messages"]
+            ]
+        }
+        for call in calls
+    ]
+
+
+def corrects(call: Call) -> bool:
     """Whether it is the tester's next query after one that gave no rows."""
     observed = "\nObservation:" in call["messages"][-2]["content"]
-    return observed and "Action Input:" in call["reply"]["content"]
+    return observed and "Action Input:" in call["messages"][-1]["content"]
 
 
 def encode_reply(tokenizer: Any, messages: list[dict[str, Any]], tools: Any = None) -> tuple[list[int], list[int]]:

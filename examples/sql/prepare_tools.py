@@ -77,8 +77,11 @@ def teach(
     validation: list[dict[str, Any]],
     encode: Callable[..., tuple[list[int], list[int]]] = encode,
     context: int = CONTEXT,
+    enough: float = ENOUGH,
+    most: int = MOST_STEPS,
 ) -> None:
-    """Make the tokenizer and the model of `folder` from recorded conversations. `encode`: the tokens and labels of one."""
+    """Make the tokenizer and the model of `folder` from recorded conversations, until it has the share `enough` of `validation`
+    right. `encode`: the tokens and labels of one."""
     tokenizer = make_tokenizer(train)
     tokenizer.save_pretrained(HERE / folder)
     model = make_model(len(tokenizer), SPECIAL.index("<|im_end|>"), context)
@@ -89,7 +92,7 @@ def teach(
         f"{len(train)} conversations of {sum(len(ids) for ids, _ in encoded) / len(train):.0f} tokens, at most "
         f"{max(len(ids) for ids, _ in encoded)}; model: {model.num_parameters():,} parameters, {len(tokenizer)} tokens"
     )
-    warm_up(model, encoded, held_out, ENOUGH, MOST_STEPS)
+    warm_up(model, encoded, held_out, enough, most)
     model.save_pretrained(HERE / folder)
     (HERE / folder / "recipe").write_text(recipe)
 

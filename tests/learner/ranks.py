@@ -136,3 +136,7 @@ def first_moment(learner: Learner) -> Arrays:
             state = safe_get_full_optimizer_state(parameter, "exp_avg")
         found[name] = state.numpy().copy()
     return found
+
+
+def optimiser_settings(learner: Learner) -> list[tuple[tuple[float, float], float]]:
+    return [(tuple(group["betas"]), group["weight_decay"]) for group in learner.engine.optimizer.param_groups]

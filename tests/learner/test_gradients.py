@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 from plain import NAMES, Batch, Plain, advantages, furthest, sample_logprobs, token_logprobs
-from ranks import Group, first_moment, gradient, gradient_with_checkpointing, on_ranks, weights
+from ranks import Group, back_to_start, first_moment, gradient, gradient_with_checkpointing, on_ranks, weights
 
 from raygent.actors.micro_batches import deal, micro_batches
 from raygent.algorithms.batch import to_samples, weigh
 from raygent.algorithms.trajectory import build
+from raygent.config import Config
 from raygent.records import Sample
 
 BOTH = {"kl": 0.3, "kl_kind": "k3", "entropy": 0.05}
@@ -142,3 +143,29 @@ def test_learning_rate_warms_up_and_decays(group: Group) -> None:
     group.fresh(learner={"decay": "linear", "warmup_steps": 4, "learning_rate": 1e-3})
     told = [group.learners.step([], step)["learning_rate"] for step in (0, 1, 5, 9)]
     assert told == pytest.approx([0.25e-3, 0.5 * 0.9e-3, 0.5e-3, 0.1e-3])
+
+
+def test_the_rate_begins_once_the_critic_has_learnt_alone(group: Group) -> None:
+    base = group.fresh(learner={"decay": "linear", "warmup_steps": 2, "learning_rate": 1e-3}).model_dump(by_alias=True)
+    base |= {"algorithm": {"name": "ppo"}, "critic": base["critic"] | {"warmup_steps": 5}}
+    on_ranks(group.learners, back_to_start, str(group.kept), Config.model_validate(base))
+    told = [group.learners.step([], step)["learning_rate"] for step in (4, 5, 6, 9)]
+    assert told == pytest.approx([0.5e-3, 0.5e-3, 0.8e-3, 0.2e-3])
+
+
+def test_an_update_that_is_not_finite_is_left_out(group: Group, batch: Batch) -> None:
+    """And the one behind it is as if there had been none before."""
+    samples = batch.samples(group.fresh({"kl": 0.0}))
+    first = group.learners.step(samples, 0)
+    after = on_ranks(group.learners, weights)[0]
+    samples = batch.samples(group.fresh({"kl": 0.0}))
+    before = on_ranks(group.learners, weights)
+    broken = batch.samples(group.learners.config)
+    broken[0].advantages[broken[0].loss_mask] = np.nan
+    told = group.learners.step(broken, 0)
+    assert told["updates_skipped"] == 1 and told["gradient_norm"] == 0 and "loss" not in told
+    for found, kept in zip(on_ranks(group.learners, weights), before, strict=True):
+        assert furthest(found, kept) == 0
+    again = group.learners.step(samples, 0)
+    assert again["updates_skipped"] == first["updates_skipped"] == 0
+    assert furthest(on_ranks(group.learners, weights)[0], after) < 1e-6

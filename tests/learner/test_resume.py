@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import ray
 from plain import NAMES, Batch, Plain, furthest, make_batch, token_logprobs
-from ranks import Arrays, Group, first_moment, gradient, move_reference, on_ranks, start_group, weights
+from ranks import (
+    Arrays,
+    Group,
+    first_moment,
+    gradient,
+    move_reference,
+    on_ranks,
+    optimiser_settings,
+    start_group,
+    weights,
+)
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -91,8 +101,15 @@ def test_going_on_from_a_checkpoint_is_as_if_never_stopped(group: Group, batch: 
         assert same_bits(held, went_on)
     assert same_bits(on_ranks(learners, first_moment)[0], moments)
     assert {name for name in told if told[name] != again[name]} == {"learn_tokens_per_s"}
+    restarted = learners.config.learner
+    restarted.betas, restarted.weight_decay = (0.5, 0.6), 0.2
+    learners.restart(checkpoint)
+    assert on_ranks(learners, optimiser_settings) == [[((0.5, 0.6), 0.2)]] * 2
+    restarted.betas, restarted.weight_decay = (0.9, 0.95), 0.1
+    learners.restart(checkpoint)
+    on_ranks(learners, move_reference)
     ledger = [json.loads(line) for line in (learners.directory / "learner.jsonl").read_text().splitlines()]
-    assert ledger[-2:] == [{"start": 8}, {"step": 1, "rollouts": NAMES}]
+    assert ledger[-4:] == [{"start": 8}, {"step": 1, "rollouts": NAMES}, {"start": 8}, {"start": 8}]
 
 
 @pytest.mark.slow

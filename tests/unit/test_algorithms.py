@@ -608,6 +608,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "teacher": ({"name": "distill"}, r"algorithm\.teacher: missing"),
     "two references": ({"name": "distill", "teacher": "a", "kl": 0.1}, r"algorithm\.kl: distill has the teacher"),
     "own advantage": ({"name": "ppo", "advantage": "rloo"}, r"algorithm\.advantage: ppo has its own"),
+    "greedy for nothing": ({"name": "remax", "advantage": "rloo"}, r"algorithm\.advantage: remax has its own"),
     "dpo's losers": ({"name": "dpo", "drop_flat_groups": False}, r"algorithm\.drop_flat_groups: False is not sound for dpo"),
     "sft's losers": ({"name": "sft", "drop_flat_groups": False}, r"algorithm\.drop_flat_groups: false would let sft"),
     "flat of ppo": ({"name": "ppo", "drop_flat_groups": False}, r"algorithm\.drop_flat_groups: false leaves the critic"),
@@ -628,3 +629,28 @@ def test_what_cannot_be_weighed_is_refused(case: str) -> None:
     asked, what = REFUSED[case]
     with pytest.raises(ValueError, match=what):
         config(algorithm=asked)
+
+
+@pytest.mark.parametrize(
+    ("asked", "clip"),
+    [
+        ({"loss": "gspo"}, (3e-4, 4e-4)),
+        ({"loss": "cispo"}, (1.0, 4.0)),
+        ({"name": "gspo", "loss": "vanilla"}, (0.2, 0.2)),
+        ({"name": "gspo", "loss": "cispo", "clip_low": 0.5}, (0.5, 4.0)),
+        ({"name": "dapo", "loss": "vanilla"}, (0.2, 0.28)),
+        ({"name": "gspo"}, (3e-4, 4e-4)),
+    ],
+)
+def test_a_loss_brings_its_own_clip_range(asked: dict[str, Any], clip: tuple[float, float]) -> None:
+    settings = config(algorithm=asked).algorithm
+    assert (settings.clip_low, settings.clip_high) == clip
+
+
+@pytest.mark.parametrize("name", ["grpo", "sft"])
+def test_rounding_makes_no_winner(name: str) -> None:
+    found, _ = batch(1, groups=1)
+    place = found["rollouts"].schema.get_field_index("reward")
+    found["rollouts"] = found["rollouts"].set_column(place, "reward", pa.array([0.1 + 0.2, 0.3, 0.3, 0.3]))
+    samples, metrics = make_samples(found, config(algorithm={"name": name, "group_size": 4}))
+    assert not samples and metrics["groups"] == 1

@@ -673,6 +673,7 @@ async def test_what_vllm_raises_after_its_answer_goes_no_further():
         ('{"value": null}', "a reward is a number, not NoneType"),
         ('{"value": NaN}', "a reward is nan; it has to be finite"),
         ('{"value": 1e999}', "a reward is inf; it has to be finite"),
+        ('{"value": -1e13}', "a reward is -1e+13; it has to be finite, and within +-1e+12"),
         ('{"value": 1%s}' % ("0" * 400), "a reward is inf; it has to be finite"),
         ('{"value": 1, "name": 3}', "name must be a text"),
         ('{"value": 1, "agent": null}', "agent must be a text"),

@@ -4,9 +4,11 @@ import gzip
 import json
 
 import pytest
+from google.protobuf.json_format import ParseDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -110,3 +112,17 @@ def test_what_unzips_to_too_much_is_refused(monkeypatch):
     assert read(whole, "application/json", "gzip") == []
     with pytest.raises(ValueError, match="cut off"):
         read(whole[:-1], "application/json", "gzip")
+
+
+@pytest.mark.parametrize("kind", [PROTOBUF, "application/json"])
+def test_more_spans_than_are_kept_are_refused(kind, monkeypatch):
+    monkeypatch.setattr(otlp, "MOST_SPANS", 3)
+    for number in (3, 4):
+        tree = {"resourceSpans": [{"scopeSpans": [{"spans": [{}] * 2}, {"spans": [{}] * (number - 2)}]}]}
+        request = ParseDict(tree, ExportTraceServiceRequest())
+        body = request.SerializeToString() if kind == PROTOBUF else json.dumps(tree).encode()
+        if number == 3:
+            assert len(spans_of(body, kind)) == 3
+        else:
+            with pytest.raises(ValueError, match="4 spans in a request; send at most 3 at once"):
+                spans_of(body, kind)

@@ -13,7 +13,8 @@ from ray.exceptions import RayError
 
 from raygent.actors import weight_transfer
 from raygent.actors.engine_handle import EngineFailed, EngineHandle, EngineUnavailable
-from raygent.cluster.parts import GateError, Parts
+from raygent.actors.learner import LearnerLost
+from raygent.cluster.parts import MOST_RESTARTS, GateError, Parts
 from raygent.config import ConfigError
 from raygent.records import Sample
 
@@ -218,3 +219,26 @@ def test_a_push_that_a_replica_refuses_is_not_made_again(pushing, push):
     with pytest.raises(EngineFailed, match=r"^ValueError: rank 16 is greater than 8$"):
         push(parts)
     assert len(pushed) == 1
+
+
+@pytest.mark.parametrize(("deaths", "starts"), [(0, 1), (2, 3), (MOST_RESTARTS + 1, MOST_RESTARTS)])
+def test_learners_that_die_as_they_start_are_started_once_more(parts, monkeypatch, deaths, starts):
+    """Within the bound of all restarts from one checkpoint."""
+    left, pushed = [LearnerLost("a rank died in start")] * deaths, []
+
+    def restart(checkpoint):
+        started.append(checkpoint)
+        if left:
+            raise left.pop()
+
+    started: list[None] = []
+    parts.learners, parts.critic = SimpleNamespace(restart=restart), None
+    parts.store = SimpleNamespace(rewind=SimpleNamespace(remote=lambda step: step))
+    monkeypatch.setattr(ray, "get", lambda ref: ref)
+    monkeypatch.setattr(parts, "push", lambda: pushed.append(parts.step))
+    if deaths > MOST_RESTARTS:
+        with pytest.raises(RuntimeError, match=f"the learners died {MOST_RESTARTS} times between step 0"):
+            parts.restart_learners()
+    else:
+        parts.restart_learners()
+    assert len(started) == starts and len(pushed) == (deaths <= MOST_RESTARTS)

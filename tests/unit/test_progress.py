@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from raygent.actors.learner import LearnerGroup
 from raygent.algorithms.batch import repetition
 from raygent.algorithms.pass_at_k import pass_at_k, passes
-from raygent.cluster.alarms import SIGNS, signs
+from raygent.cluster.alarms import SIGNS, SKIPPED, signs
 from raygent.cluster.metrics import best_step
 
 STEADY = {"entropy": 1.0, "response_length": 30.0, "repetition": 0.02, "branch_rate": 0.0}
@@ -88,3 +88,8 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     group.mark_best(0)  # the first weights are in no checkpoint
     group.mark_best(None)
     assert (root / "best").readlink() == Path("step-000006")
+
+
+def test_updates_left_out_are_told_at_once():
+    assert signs([{SKIPPED: 0.0}]) == {} == signs([{SKIPPED: 1.0}, {SKIPPED: 0.0}])
+    assert list(signs([{SKIPPED: 1.0}])) == [SKIPPED] == list(signs([{f"critic/{SKIPPED}": 2.0}]))

@@ -19,7 +19,7 @@ from raygent.algorithms import apo, bootstrap_fewshot, gepa
 from raygent.algorithms.prompt_search import Search, Tree, Trial, block_in, split
 from raygent.callables import ModelEndpoint
 from raygent.cluster.pacer import eval_rollouts
-from raygent.cluster.prompt_table import note_tasks, prompts_in_force, read_prompts, write_prompts
+from raygent.cluster.prompt_table import note_begun, prompts_in_force, read_prompts, write_prompts
 from raygent.config import Config, ConfigError
 from raygent.data_files import load_tasks
 from raygent.jobs import check
@@ -391,11 +391,16 @@ def test_a_run_is_gone_on_with_by_the_same_search_alone(tmp_path, change, what):
     with pytest.raises(ConfigError, match=what):
         check._check_run_directory(again)
         check._check_prompts(again)
-    note_tasks(begun.run_directory, load_tasks(begun.data.train))
+    note_begun(begun, load_tasks(begun.data.train))
     check._check_prompts(begun)
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(json.dumps({"id": "more", "input": 9}) + "\n")
     with pytest.raises(ConfigError, match=r"data\.train: .* was begun with other tasks"):
+        check._check_prompts(begun)
+    note_begun(begun, load_tasks(begun.data.train))
+    check._check_prompts(begun)
+    begun.grader.failed_reward = -1.0
+    with pytest.raises(ConfigError, match=r"grader, agent, .* was begun with others"):
         check._check_prompts(begun)
 
 

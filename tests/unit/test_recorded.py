@@ -105,6 +105,15 @@ WRONG: dict[str, tuple[Any, str]] = {
     "no list": ({"messages": "a"}, r'line 1 needs "messages"'),
     "unknown": ({"messages": CHATS[0]["messages"], "id": 1}, r"line 1 has 'id'; a chat has agent, messages, tools"),
     "nothing said": ({"messages": CHATS[0]["messages"][:1]}, "line 1 has no message of the assistant"),
+    "no name": ({"messages": CHATS[0]["messages"], "agent": 5}, 'line 1 has "agent": 5; write its name as text'),
+    "empty": (
+        {"messages": [*CHATS[0]["messages"][:1], {"role": "assistant"}]},
+        "line 1: message 2 of the assistant says",
+    ),
+    "greeting alone": (
+        {"messages": [{"role": "assistant", "content": "Hello"}]},
+        "line 1 has no message of the assistant",
+    ),
     "no role": ({"messages": [{"content": "a"}]}, r'line 1 needs "messages"'),
 }
 
@@ -206,3 +215,13 @@ def test_only_what_learns_from_others_takes_recorded_rollouts() -> None:
         config(data={"chats": "chats.jsonl", "rollouts": "runs/first"}, algorithm={"name": "sft"})
     with pytest.raises(ValueError, match=r"data\.train: missing"):
         config(data={})
+
+
+def test_a_greeting_is_read_and_not_trained(model: Path, tmp_path: Path) -> None:
+    greeting = {"role": "assistant", "content": "hello"}
+    asked = chats_config(model, tmp_path, [{"messages": [greeting, *CHATS[0]["messages"][:2]]}])
+    check_chats(asked, 2048)
+    (sample,) = make_samples(batch_of(asked, 0), asked)[0]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    assert "hello" in tokenizer.decode(sample.token_ids)
+    assert "hello" not in tokenizer.decode(sample.token_ids[sample.loss_mask])
