@@ -52,5 +52,5 @@ def check(settings: Algorithm) -> None:
     for key, right in RIGHT.items():
         if getattr(settings, key) != right:
             raise ValueError(
-                f"algorithm.{key}: {getattr(settings, key)} is not sound for dpo, whose loss is of whole pairs; leave it out"
+                f"algorithm.{key}: {getattr(settings, key)} is not sound for dpo, whose loss is of whole pairs; set algorithm.{key}={right}"
             )

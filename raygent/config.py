@@ -612,10 +612,10 @@ class Config(Section):
                 continue
             if settings.loss == "gpg" and not named.off_policy:
                 why = "the loss gpg has no ratio to correct for tokens that other weights sampled"
-                raise ValueError(f"algorithm.{key}: {why}; leave {key} out")
+                raise ValueError(f"algorithm.{key}: {why}; set algorithm.{key}={right}")
             if (settings.advantage or settings.name) == "opo":
                 raise ValueError(
-                    f"algorithm.{key}: the baseline of opo is the best exactly on policy alone; leave {key} out, or use grpo"
+                    f"algorithm.{key}: the baseline of opo is the best exactly on policy alone; set algorithm.{key}={right}, or use grpo"
                 )
         if settings.kl and settings.kl_in == "reward" and settings.credit == "turn" and "values" not in named.measures:
             raise ValueError(

@@ -23,8 +23,8 @@ from sql_tool import run_sql
 RECORDED = 30  # tasks
 VALIDATION = 150  # tasks
 WRITTEN = 1500  # calls of the author
-COPIES = 300  # calls in which the tester takes a query over, learnt soon
-ENOUGH, MOST_STEPS = 0.2, 600
+COPIES = 1500  # calls in which the tester takes a query over
+ENOUGH, MOST_STEPS = 0.3, 1500
 CONTEXT = 1024
 
 Call = dict[str, Any]  # `model`, and `messages` with the reply at their end
