@@ -31,7 +31,7 @@ def ours(seed: int, steps: int) -> list[float]:
     overrides = [
         f"run.steps={steps}", f"algorithm.tasks_per_step={TASKS}", f"algorithm.group_size={GROUP}",
         f"algorithm.clip_low={CLIP}", f"algorithm.clip_high={CLIP}", "algorithm.drop_flat_groups=false",
-        "algorithm.entropy=0.0", f"learner.learning_rate={RATE}", "learner.decay=constant", f"learner.betas=[{BETAS[0]}, {BETAS[1]}]", "learner.clip_gradient=1.0",
+        "algorithm.entropy=0.0", f"learner.learning_rate={RATE}", f"learner.betas=[{BETAS[0]}, {BETAS[1]}]", "learner.clip_gradient=1.0",
     ]  # fmt: skip
     return known_optimum.run("grpo", seed, overrides, runs=RUNS)["rewards"]
 

@@ -21,10 +21,10 @@ from prepare_tools import teach
 from sql_tool import run_sql
 
 RECORDED = 30  # tasks
-VALIDATION = 150  # tasks
+VALIDATION = 50  # tasks, all of whose calls count: a rollout needs each of its calls right
 WRITTEN = 1500  # calls of the author
 COPIES = 1500  # calls in which the tester takes a query over
-ENOUGH, MOST_STEPS = 0.3, 1500
+ENOUGH, MOST_STEPS = 0.65, 3000
 CONTEXT = 1024
 
 Call = dict[str, Any]  # `model`, and `messages` with the reply at their end
@@ -50,8 +50,8 @@ def main() -> None:
     print(f"demonstrations after {time.time() - started:.0f} s")
     written = [call for call in train if call["model"] == "author"][:WRITTEN]
     copied = [call for call in train if call["model"] == "tester" and not corrects(call)][:COPIES]
-    corrected, held_out = ([call for call in calls if corrects(call)] for calls in (train, validation))
-    teach("crew_model", recipe, written + copied + corrected, held_out, encode_reply, CONTEXT, ENOUGH, MOST_STEPS)
+    corrected = [call for call in train if corrects(call)]
+    teach("crew_model", recipe, written + copied + corrected, validation, encode_reply, CONTEXT, ENOUGH, MOST_STEPS)
     print(f"done in {time.time() - started:.0f} s")
 
 

@@ -25,7 +25,6 @@ def test_grpo_finds_the_string_that_is_best(tmp_path: Path) -> None:
             "run.steps=14",
             "algorithm.tasks_per_step=12",
             "learner.learning_rate=3e-3",
-            "learner.decay=constant",
             "algorithm.entropy=0.0",
         ],
         tmp_path / "train.toml",
