@@ -1,8 +1,8 @@
 """Make crew_model/, for the CrewAI crew of crew.py: a small Llama as prepare_tools.py's, that knows CrewAI's prompts.
 
 Its demonstrations are the crew's calls of an oracle in the place of a vendor, made on a few tasks in CrewAI's own environment,
-which `uv sync --script` installs first, compiled (about 0.5 GB), and then filled in with other tasks. Some minutes; run again
-it does nothing, unless this folder's recipe has changed.
+which `uv sync --script` installs first, compiled (about 0.5 GB), and then filled in with other tasks. Half an hour and more;
+run again it does nothing, unless this folder's recipe has changed.
 """
 
 from __future__ import annotations
