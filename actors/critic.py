@@ -51,7 +51,7 @@ class Critic(Learner):
     def step(self, samples: list[Sample], step: int) -> dict[str, float]:
         """As Learner.step; `explained_variance` is 1 where the values were the returns, 0 where they told nothing of them."""
         told = super().step(samples, step)
-        if "returns" not in told:  # nothing was learnt
+        if not told.keys() >= {"loss", *self.MEANS}:  # nothing was learnt, or nothing of it is finite
             return {"loss": 0.0, "gradient_norm": 0.0, "updates_skipped": told["updates_skipped"]}
         variance = told["returns_squared"] - told["returns"] ** 2
         unexplained = told["error_squared"] - told["error"] ** 2

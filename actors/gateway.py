@@ -32,7 +32,7 @@ from urllib.parse import unquote
 
 from raygent.actors.continuation import Run, Said, tools_of
 from raygent.actors.nesting import MOST_NESTED, nested_over
-from raygent.actors.otlp import MAX_BYTES, PROTOBUF, spans_of, unzipped
+from raygent.actors.otlp import MAX_BYTES, MOST_SPANS, PROTOBUF, spans_of, unzipped
 from raygent.config import POLICY
 from raygent.emit import AGENT_HEADER, reward_fields
 from raygent.records import AttemptKey
@@ -52,7 +52,7 @@ TRACES = "/v1/traces"
 REWARDS = "/v1/rewards"
 KEPT = {TRACES: "spans", REWARDS: "rewards"}  # what agents send to be kept, and as what
 IN_THREAD_BYTES = 16 << 10  # traces of more, or zipped ones, take milliseconds to read: not on the replica's event loop
-MOST_KEPT = 10_000  # of each, an attempt and replica; in requests of MAX_BYTES together
+MOST_KEPT = MOST_SPANS  # of each, an attempt and replica; in requests of MAX_BYTES together
 MODELS = "/v1/models"
 UNRECORDED = (MODELS, "/v1/messages/count_tokens")  # need a key, sample nothing
 MAX_BODY_BYTES = 64 * 2**20

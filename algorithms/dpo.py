@@ -8,6 +8,8 @@ which stand here as advantages: exact where one optimiser step follows the measu
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 
 from raygent.algorithms.episodes import Episodes
@@ -52,5 +54,5 @@ def check(settings: Algorithm) -> None:
     for key, right in RIGHT.items():
         if getattr(settings, key) != right:
             raise ValueError(
-                f"algorithm.{key}: {getattr(settings, key)} is not sound for dpo, whose loss is of whole pairs; set algorithm.{key}={right}"
+                f"algorithm.{key}: {getattr(settings, key)} is not sound for dpo, whose loss is of whole pairs; set algorithm.{key}={json.dumps(right)}"
             )

@@ -3,8 +3,8 @@
     uv run python benchmarks/imitation.py [section.key=value ...]
 
 Three runs of `raygent train examples/sql/train.toml`, all from the same warm start: `grpo`; `sft` on the best of each task's
-rollouts in that run's store, those of its later policies too; `distill`, whose teacher is that run's last checkpoint. `gain` is the mean reward after minus before,
-with its paired bootstrap 95 % interval. Puts the figures into benchmarks/results/imitation.json.
+rollouts in that run's store, those of its later policies too; `distill`, whose teacher is that run's last checkpoint. `gain` is
+the mean reward after minus before, with its paired bootstrap 95 % interval. Puts the figures into benchmarks/results/imitation.json.
 """
 
 from __future__ import annotations

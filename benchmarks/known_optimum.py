@@ -65,7 +65,7 @@ def run(algorithm: str, seed: int, overrides: list[str], toml: Path = HERE / "tr
     held_out = summary["held_out"]
     return {
         "seed": seed,
-        "settings": [*own[2:], *overrides],
+        "settings": [*ALGORITHMS[algorithm], *overrides],
         "before": held_out["before"],
         "after": held_out["after"],
         "rollouts": sum(row["rollouts"] for row in steps),

@@ -83,13 +83,13 @@ def read_chats(path: str) -> list[tuple[str, dict[str, Any]]]:
             raise ConfigError(f"{where} has {unknown[0]!r}; a chat has {', '.join(sorted(KEYS))}")
         if not isinstance(row.get("agent") or "", str):
             raise ConfigError(f'{where} has "agent": {row["agent"]!r}; write its name as text, or leave it out')
-        said = [one for one in messages if one["role"] == "assistant"]
-        if empty := [
-            one for one in said if not any(value for name, value in one.items() if name not in ("role", "name"))
-        ]:
-            number = messages.index(empty[0]) + 1
-            raise ConfigError(f"{where}: message {number} of the assistant says nothing; give it content or tool_calls")
-        if not said or said == messages[:1]:
+        for number, one in enumerate(messages, 1):
+            says = any(value for name, value in one.items() if name not in ("role", "name"))
+            if one["role"] == "assistant" and not says:
+                raise ConfigError(
+                    f"{where}: message {number} of the assistant says nothing; give it content or tool_calls"
+                )
+        if not any(one["role"] == "assistant" for one in messages[1:]):
             raise ConfigError(f"{where} has no message of the assistant behind another one, so nothing to be learnt")
     if not rows:
         raise ConfigError(f'data.chats: {path} holds no chat; a line is {{"messages": [...]}}')

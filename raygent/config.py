@@ -438,14 +438,7 @@ class Config(Section):
         if isinstance(turns := section.get("prompts"), dict) and turns.get("name") in PROMPT_NAMES:
             section = section | {"prompts": algorithm(turns["name"], Path()).defaults | turns}
         of_chats = {"threshold": 1.0} if isinstance(data := tree.get("data"), dict) and data.get("chats") else {}
-        own = named.defaults
-        if (loss := section.get("loss")) not in (
-            None,
-            own.get("loss", "vanilla"),
-        ):  # each loss has a clip range of its own
-            other = algorithm(loss, Path()).defaults if loss in NAMES else {}
-            own = {key: value for key, value in own.items() if not key.startswith("clip_")}
-            own |= {key: value for key, value in other.items() if key.startswith("clip_")}
+        own = _with_clip_range(named.defaults, section.get("loss"))
         return tree | {"algorithm": own | of_chats | section}
 
     @property
@@ -1007,3 +1000,13 @@ def _model(config: Config, key: str, value: str) -> str:
         mend = f"did you mean {path.parent / near[0]}?" if near else "give a Hugging Face id or a folder"
         raise ConfigError(f"{key}: no folder {path}; {mend}")
     return value
+
+
+def _with_clip_range(defaults: dict[str, Any], loss: Any) -> dict[str, Any]:
+    """An algorithm's `defaults` where the TOML gives it `loss`: one that is not its own brings its own clip range."""
+    if loss in (None, defaults.get("loss", "vanilla")):
+        return defaults
+    of_loss = algorithm(loss, Path()).defaults if loss in NAMES else {}
+    clips = ("clip_low", "clip_high")
+    rest = {key: value for key, value in defaults.items() if key not in clips}
+    return rest | {key: of_loss[key] for key in clips if key in of_loss}

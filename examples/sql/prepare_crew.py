@@ -29,6 +29,7 @@ CONTEXT = 1024
 
 Call = dict[str, Any]  # `model`, and `messages` with the reply at their end
 Parts = dict[str, str]
+Patterns = dict[frozenset[str], tuple[Parts, list[Call]]]  # by the names of the parts
 
 
 def main() -> None:
@@ -79,36 +80,31 @@ def parts_of(task: dict[str, Any]) -> Parts:
     return parts
 
 
-def patterns_of(recorded: dict[str, list[Call]], tasks: list[dict[str, Any]]) -> list[tuple[Parts, list[Call]]]:
+def patterns_of(recorded: dict[str, list[Call]], tasks: list[dict[str, Any]]) -> Patterns:
     """Of a task whose first query gives rows and of one whose first query does not: its parts and calls. The calls of all other
     recorded tasks must be these, filled in: so is what nobody has recorded."""
-    found: dict[frozenset[str], tuple[Parts, list[Call]]] = {}
+    found: Patterns = {}
     of = {task["id"]: parts_of(task) for task in tasks if task["id"] in recorded}
     for name, calls in recorded.items():
         found.setdefault(frozenset(of[name]), (of[name], calls))
     for name, calls in recorded.items():
-        if filled(list(found.values()), of[name]) != calls:
+        if filled(found, of[name]) != calls:
             raise SystemExit(
                 f"{name}: CrewAI's prompts are others here than with another task; record all that is learnt from"
             )
-    return list(found.values())
+    return found
 
 
-def filled(patterns: list[tuple[Parts, list[Call]]], parts: Parts) -> list[Call]:
+def filled(patterns: Patterns, parts: Parts) -> list[Call]:
     """The calls of a task of these parts."""
-    (before, calls) = next(pattern for pattern in patterns if pattern[0].keys() == parts.keys())
+    before, calls = patterns[frozenset(parts)]
     now = {before[name]: parts[name] for name in before}
     any_of = re.compile("|".join(re.escape(text) for text in sorted(now, key=len, reverse=True)))
-    return [
-        call
-        | {
-            "messages": [
-                message | {"content": any_of.sub(lambda match: now[match[0]], message["content"])}
-                for message in call["messages"]
-            ]
-        }
-        for call in calls
-    ]
+
+    def fill(message: dict[str, Any]) -> dict[str, Any]:
+        return message | {"content": any_of.sub(lambda match: now[match[0]], message["content"])}
+
+    return [call | {"messages": [fill(message) for message in call["messages"]]} for call in calls]
 
 
 def corrects(call: Call) -> bool:

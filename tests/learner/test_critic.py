@@ -116,3 +116,14 @@ def test_a_checkpoint_holds_it(settings: Any, critic: LearnerGroup) -> None:
             alone.of_critic()
     finally:
         learners.stop()
+
+
+@pytest.mark.parametrize("what", ["returns", "values"])  # of the latter the loss alone is not finite
+def test_what_is_not_finite_is_left_out_and_told(settings: Any, critic: LearnerGroup, what: str) -> None:
+    samples = samples_of(settings, critic)
+    before = critic.measure("values", samples)
+    broken = samples_of(settings, critic)
+    getattr(broken[0], what)[broken[0].loss_mask] = np.nan
+    assert critic.step(broken, 0) == {"loss": 0.0, "gradient_norm": 0.0, "updates_skipped": 1.0}
+    for found, kept in zip(critic.measure("values", samples), before, strict=True):
+        np.testing.assert_array_equal(found, kept)
