@@ -28,7 +28,16 @@ from raygent.actors.subprocess_agent import (
     run_command,
     stdout_span,
 )
-from raygent.callables import AGENT_OFFERS, TEXT, ModelEndpoint, arguments, awaited, is_async, load_callable
+from raygent.callables import (
+    AGENT_OFFERS,
+    TEXT,
+    ModelEndpoint,
+    Verdict,
+    arguments,
+    awaited,
+    is_async,
+    load_callable,
+)
 from raygent.config import Config
 from raygent.emit import reward_fields, sink
 from raygent.prompts import on_trial
@@ -78,8 +87,13 @@ class AttemptRecorder:
         now = time.time()
         self("spans", {"kind": kind, "name": name, "attributes": attributes, "started": now, "finished": now})
 
-    def reward(self, value: float, components: dict[str, float], name: str = "reward") -> None:
-        self("rewards", {"value": value, "name": name, "agent": "", "components": components, "time": time.time()})
+    def verdict(self, verdict: Verdict) -> None:
+        """The rollout's reward, and those of single agents and calls."""
+        self("rewards", reward_fields(verdict.value, components=verdict.components))
+        for agent, value in verdict.agents.items():
+            self("rewards", reward_fields(value, agent=agent))
+        for call, value in verdict.calls.items():
+            self("rewards", reward_fields(value, call=call))
 
     def order_rewards(self) -> None:
         """By the time they were given at, whichever way they came."""

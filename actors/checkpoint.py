@@ -10,6 +10,7 @@ from raygent.config import Config, ConfigError
 from raygent.records import PromptVersion
 
 CRITIC = "critic"  # the folder of its part in a checkpoint
+BEST = "best"  # leads to the checkpoint with the best evaluation
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,28 @@ def laid_out(config: Config) -> dict[str, int]:
 
 
 def latest_checkpoint(run_directory: Path) -> Checkpoint | None:
-    """The complete checkpoint with the most steps: a folder gets its name only once all of it is written."""
+    """The complete checkpoint with the most steps."""
+    return max(_checkpoints(run_directory), key=lambda checkpoint: checkpoint.step, default=None)
+
+
+def checkpoint_to_evaluate(config: Config) -> Checkpoint | None:
+    """The one that `evaluate.checkpoint` names; None: the first weights. Raises ConfigError where it is not there."""
+    chosen, found = config.evaluate.checkpoint, _checkpoints(config.run_directory)
+    if chosen is None or chosen == 0:
+        return None if chosen == 0 else latest_checkpoint(config.run_directory)
+    best = (config.run_directory / "checkpoints" / BEST).resolve()
+    for checkpoint in found:
+        if checkpoint.step == chosen or (chosen == BEST and checkpoint.path.resolve() == best):
+            return checkpoint
+    there = ", ".join(str(step) for step in sorted(checkpoint.step for checkpoint in found))
+    raise ConfigError(
+        f"evaluate.checkpoint: {config.run_directory} has no checkpoint {chosen}; it has those of "
+        f"{there or 'no step'}; choose one of these, or 0 for the first weights"
+    )
+
+
+def _checkpoints(run_directory: Path) -> list[Checkpoint]:
+    """All complete ones: a folder gets its name only once all of it is written."""
     found = []
     for path in (run_directory / "checkpoints").glob("step-*"):
         about = json.loads((path / "raygent.json").read_text())
@@ -49,4 +71,4 @@ def latest_checkpoint(run_directory: Path) -> Checkpoint | None:
                 path, about["step"], about["version"], about.get("laid_out", {}), prompts=about.get("prompts", {})
             )
         )
-    return max(found, key=lambda checkpoint: checkpoint.step, default=None)
+    return found

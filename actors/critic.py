@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from raygent.actors.learner import Learner, add
+from raygent.actors.learner import DTYPES, Learner, add
 from raygent.actors.micro_batches import MicroBatch
 from raygent.config import POLICY
 from raygent.records import Sample
@@ -20,14 +20,15 @@ class Critic(Learner):
 
     MEANS = ("clip_fraction", "returns", "returns_squared", "error", "error_squared")
 
-    def _load(self, path: str, dtype: torch.dtype) -> Any:
+    def _load(self, path: str) -> Any:
         from transformers import AutoModelForTokenClassification
 
+        settings = self.config.learner
         model = AutoModelForTokenClassification.from_pretrained(
             path,
             num_labels=1,
-            dtype=dtype,
-            attn_implementation=self.config.learner.attention,
+            dtype=DTYPES[settings.dtype],
+            attn_implementation=settings.attention,
             ignore_mismatched_sizes=True,
         )
         if path == self.config.model.path:
@@ -35,7 +36,7 @@ class Critic(Learner):
                 parameter.data.zero_()
         return model
 
-    def _load_reference(self, dtype: torch.dtype) -> Any:
+    def _load_reference(self) -> Any:
         return None
 
     @property

@@ -239,8 +239,8 @@ class Engine:
     async def close_attempts(self, attempts: list[AttemptKey]) -> tuple[str, dict[AttemptKey, dict[str, Any]]]:
         """End the attempts: refuse their keys, cancel what they have in flight, and wait until it is recorded.
 
-        Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls", "failed",
-        "upstream_failed", "upstream_waited", "spans", "rewards"}.
+        Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls", "failed", "errored",
+        "upstream_failed", "upstream_waited", "spans", "rewards"}. "errored": vLLM's EngineCore has died.
         """
         states = {key: self.gateway.end_attempt(*key) for key in attempts}
         while any(state.tasks or state.recording for state in states.values()):
@@ -252,7 +252,8 @@ class Engine:
                 "calls": state.recorded,
                 "overflow": state.overflow,
                 "over_max_calls": state.over_max_calls,
-                "failed": state.failed or self.llm.errored,
+                "failed": state.failed,
+                "errored": self.llm.errored,
                 "upstream_failed": state.upstream_failed,
                 "upstream_waited": state.upstream_waited,
                 "spans": state.spans,

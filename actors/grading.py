@@ -99,7 +99,12 @@ class Grader:
     def _take(self) -> GraderProcess:
         while True:
             try:
-                return self.idle.get(timeout=SPAWN_AFTER_S if self.started else 0)
+                process = self.idle.get(timeout=SPAWN_AFTER_S if self.started else 0)
+                if process.supervised.process.poll() is None:
+                    return process
+                process.stop()  # it was killed while it was idle, which is no fault of what is graded next
+                with self.lock:
+                    self.started -= 1
             except queue.Empty:
                 with self.lock:
                     if self.started == self.most:
@@ -228,7 +233,7 @@ def answer(function: Any, values: list[Any]) -> dict[str, Any]:
         verdict = read(value)
     except Exception:  # noqa: BLE001 - the user's code may raise anything; it is the reply
         return {"error": traceback.format_exc()[-TEXT:]}
-    return {"value": {"reward": verdict.value} | verdict.components}
+    return {"value": verdict.to_dict()}
 
 
 if __name__ == "__main__":

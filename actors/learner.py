@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from raygent.actors import adapters
-from raygent.actors.checkpoint import CRITIC, Checkpoint, laid_out
+from raygent.actors.checkpoint import BEST, CRITIC, Checkpoint, laid_out
 from raygent.actors.environment import NO_TELEMETRY, free_port, offline
 from raygent.actors.micro_batches import MicroBatch, Share, deal, micro_batches
 from raygent.actors.sequence_parallel import SequenceParallel
@@ -34,7 +34,7 @@ from raygent.records import PromptVersion, Sample
 
 logger = logging.getLogger("raygent")
 PLACEMENT_DEADLINE_S = 1800.0
-BEST = "best"  # leads to the checkpoint with the best evaluation
+DEATH_S = 15.0  # within which Ray tells of a dead actor
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -65,22 +65,11 @@ class Learner:
     def start(self, host: str, port: int, checkpoint: Checkpoint | None) -> None:
         """Join the group and load the weights: the checkpoint's with its optimiser, else model.path."""
         import deepspeed
-        import deepspeed.ops
 
+        self._join(host, port)
         settings = self.config.learner
-        torch.set_num_threads(settings.threads)
-        torch.manual_seed(self.config.run.seed)
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles for a minute
-        os.environ.update(
-            MASTER_ADDR=host, MASTER_PORT=str(port), RANK=str(self.rank), WORLD_SIZE=str(self.ranks), LOCAL_RANK="0"
-        )
-        self.device = torch.device("cuda", 0) if settings.gpus else torch.device("cpu")
-        deepspeed.init_distributed("nccl" if settings.gpus else "gloo", auto_mpi_discovery=False, verbose=False)
-        dtype = DTYPES[settings.dtype]
         path = str(checkpoint.path) if checkpoint and not settings.lora else self.config.model.path
-        several = settings.sequence_parallel > 1
-        self.sequence = SequenceParallel(settings, self.config.model.path, self.rank) if several else None
-        model = self._load(path, dtype)
+        model = self._load(path)
         if settings.gradient_checkpointing:
             checkpoint_activations(model)
         groups = [{"params": list(model.parameters())}]
@@ -93,7 +82,7 @@ class Learner:
             groups, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
         )
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimiser, config=self._deepspeed_config())
-        self.reference = self._load_reference(dtype)
+        self.reference = self._load_reference() if self.config.with_reference else None
         if checkpoint:
             whole = settings.lora is None
             loaded, _ = self.engine.load_checkpoint(str(checkpoint.path), tag="optimiser", load_module_strict=whole)
@@ -104,20 +93,39 @@ class Learner:
         self.version = checkpoint.version if checkpoint else 0  # of the weights, as the engines have them
         self._note(start=checkpoint.step if checkpoint else 0)
 
-    def _load(self, path: str, dtype: torch.dtype) -> Any:
+    def _join(self, host: str, port: int) -> None:
+        import deepspeed
+        import deepspeed.ops
+
+        settings = self.config.learner
+        torch.set_num_threads(settings.threads)
+        torch.manual_seed(self.config.run.seed)
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else it compiles for a minute
+        os.environ.update(
+            MASTER_ADDR=host, MASTER_PORT=str(port), RANK=str(self.rank), WORLD_SIZE=str(self.ranks), LOCAL_RANK="0"
+        )
+        self.device = torch.device("cuda", 0) if settings.gpus else torch.device("cpu")
+        deepspeed.init_distributed("nccl" if settings.gpus else "gloo", auto_mpi_discovery=False, verbose=False)
+        several = settings.sequence_parallel > 1
+        self.sequence = SequenceParallel(settings, self.config.model.path, self.rank) if several else None
+
+    def _load(self, path: str) -> Any:
         from transformers import AutoModelForCausalLM
 
+        settings = self.config.learner
         return AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=self.config.learner.attention
+            path, dtype=DTYPES[settings.dtype], attn_implementation=settings.attention
         )
 
-    def _load_reference(self, dtype: torch.dtype) -> Any:
-        """The first weights, or the teacher; None where nothing asks for them."""
-        if not self.config.with_reference:
-            return None
-        reference = self._load(self.config.algorithm.teacher or self.config.model.path, dtype).eval()
+    def _load_reference(self) -> Any:
+        """The first weights, or the teacher: frozen, and under ZeRO-3 sharded as the policy is."""
+        import deepspeed
+
+        reference = self._load(self.config.algorithm.teacher or self.config.model.path).eval().requires_grad_(False)
+        if self.config.learner.zero_stage == 3:
+            return deepspeed.initialize(model=reference, config=self._deepspeed_config())[0].eval()
         torch.nn.Module.to(reference, self.device)
-        return reference.requires_grad_(False)
+        return reference
 
     def policy_of(self, sample: Sample) -> str:
         """The weights that `sample` trains."""
@@ -157,7 +165,8 @@ class Learner:
         }
 
     def step(self, samples: list[Sample], step: int) -> dict[str, float]:
-        """`algorithm.mini_batches` optimiser steps on this rank's share of `samples` (every rank gets them all).
+        """`algorithm.epochs` x `algorithm.mini_batches` optimiser steps on this rank's share of `samples` (every rank gets them
+        all).
 
         Returns the metrics of the whole group, the same on each rank. The first mini-batch is seen before any update, so
         `mismatch_*`, of its tokens that were sampled from the weights of now, is |engine - learner| logprob under equal
@@ -168,7 +177,8 @@ class Learner:
         gaps: list[np.ndarray] = []
         norms: list[float] = []
         rate = self._learning_rate(step)
-        parts = _mini_batches(samples, self.config.algorithm.mini_batches)
+        algorithm = self.config.algorithm
+        parts = _mini_batches(samples, algorithm.mini_batches) * algorithm.epochs
         for number, part in enumerate(parts):
             self._set_learning_rates(part, rate)
             self.backward(part, sums, gaps if number == 0 else None)
@@ -262,10 +272,9 @@ class Learner:
         if algorithm.entropy:
             loss = loss - algorithm.entropy * (entropy * mask * weights).sum()
         if algorithm.kl and algorithm.kl_in == "loss":
-            with torch.no_grad():
-                reference, _ = self._token_logprobs(self.reference, batch)
-            penalty = kl_loss(logprobs, reference, mask, weights, algorithm.kl_kind)
-            add(sums, "kl_reference", float((logprobs - reference).detach()[mask].sum()))
+            assert batch.reference is not None
+            penalty = kl_loss(logprobs, batch.reference, mask, weights, algorithm.kl_kind)
+            add(sums, "kl_reference", float((logprobs - batch.reference).detach()[mask].sum()))
             loss = loss + algorithm.kl * penalty
         return loss
 
@@ -322,7 +331,12 @@ class Learner:
 
     def _measured(self, what: str, batch: MicroBatch) -> torch.Tensor:
         """The log-probabilities under the weights of now ("current") or the "reference"."""
-        return self._token_logprobs(self.engine if what == "current" else self.reference, batch)[0]
+        if what == "current":
+            return self._token_logprobs(self.engine, batch)[0]
+        if self.reference is not None:
+            return self._token_logprobs(self.reference, batch)[0]
+        with self.engine.module.disable_adapter():
+            return self._token_logprobs(self.engine, batch)[0]
 
     def _learning_rate(self, step: int) -> float:
         settings, steps = self.config.learner, max(self.config.run.steps - self.first_step, 1)
@@ -443,8 +457,10 @@ class LearnerGroup:
         need: dict[str, float] = {"CPU": 1, "GPU": settings.gpus} if settings.gpus else {"CPU": 1}
         self.group = placement_group([need] * settings.ranks, strategy="PACK")
         _wait_for(self.group, need, settings.ranks)
-        teacher = self.config.algorithm.teacher if self.config.with_reference else None
-        environment = NO_TELEMETRY | offline(self.config.model.path, *([teacher] if teacher else []))
+        teacher = (
+            [self.config.algorithm.teacher] if self.config.with_reference and self.config.algorithm.teacher else []
+        )
+        environment = NO_TELEMETRY | offline(self.config.model.path, *teacher)
         environment |= {"OMP_NUM_THREADS": str(settings.threads)}
         self.ranks = [
             ray.remote(self.kind)
@@ -457,7 +473,7 @@ class LearnerGroup:
             .remote(self.config, rank, str(working_folder()))
             for rank in range(settings.ranks)
         ]
-        host, port = ray.get(self.ranks[0].address.remote())
+        host, port = self._all("address")[0]
         self._all("start", host, port, checkpoint)
 
     def step(self, samples: list[Sample], step: int) -> dict[str, float]:
@@ -525,16 +541,38 @@ class LearnerGroup:
             self.group = None
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        """Every rank's answer; the first death ends the wait, since the others would wait for the dead one for ever."""
+        """Every rank's answer; the first death ends the wait, since the others would wait for the dead one for ever. A rank that
+        raises may do so because another died, of which Ray tells later: that is waited for a while."""
         refs = [getattr(rank, method).remote(*arguments) for rank in self.ranks]
         waiting = list(refs)
         while waiting:
             done, waiting = ray.wait(waiting, num_returns=1)
             try:
                 ray.get(done[0])
-            except (ActorDiedError, RayActorError) as error:
-                raise LearnerLost(f"a learner rank died in {method}: {str(error).splitlines()[0]}") from error
+            except RayActorError as error:
+                raise LearnerLost(f"a learner rank died in {method}: {_first_line(error)}") from error
+            except RayTaskError as error:
+                if death := _death_among(self.ranks):
+                    raise LearnerLost(f"a learner rank died in {method}: {_first_line(death)}") from error
+                raise
         return ray.get(refs)
+
+
+def _death_among(ranks: list[Any]) -> RayActorError | None:
+    """Of a rank that is dead, or is found to be within DEATH_S; a rank that is at work answers no sooner than it is done."""
+    waiting, deadline = [rank.pid.remote() for rank in ranks], time.monotonic() + DEATH_S
+    while waiting and time.monotonic() < deadline:
+        done, waiting = ray.wait(waiting, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+        for ref in done:
+            try:
+                ray.get(ref)
+            except RayActorError as error:
+                return error
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
 
 
 def _wait_for(group: PlacementGroup, need: dict[str, float], ranks: int) -> None:

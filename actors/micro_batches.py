@@ -28,6 +28,7 @@ class MicroBatch:
     lengths: torch.Tensor  # int64 [B], tokens of each row without its padding
     values: torch.Tensor | None = None  # float32, with a critic
     returns: torch.Tensor | None = None  # float32, with a critic
+    reference: torch.Tensor | None = None  # float32, with a KL in the loss
 
     @property
     def real(self) -> torch.Tensor:
@@ -107,10 +108,13 @@ def to_micro_batch(entries: Share) -> MicroBatch:
         lengths=torch.tensor([len(sample) for sample in samples]),
         values=optional([sample.values for sample in samples]),
         returns=optional([sample.returns for sample in samples]),
+        reference=optional([sample.reference for sample in samples]),
     )
 
 
 def filler() -> MicroBatch:
     ones, zeros = torch.ones(1, 2), torch.zeros(1, 2)
     two = torch.tensor([2])
-    return MicroBatch(zeros.long(), zeros.bool(), zeros, zeros, zeros, zeros.int(), ones, [-1], two, zeros, zeros)
+    return MicroBatch(
+        zeros.long(), zeros.bool(), zeros, zeros, zeros, zeros.int(), ones, [-1], two, zeros, zeros, zeros
+    )

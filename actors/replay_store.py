@@ -65,7 +65,9 @@ from raygent.records import (
 logger = logging.getLogger("raygent")
 
 SEGMENT_BYTES = 128 << 20  # a segment that has grown so large is rolled by itself
-LOCK_WAIT_S = 10.0  # for a killed predecessor's lock
+LOCK_WAIT_S = (
+    180.0  # for a killed predecessor's lock: NFS keeps that of a node that is gone for a lease, of 90 s by default
+)
 LATE_HEARTBEATS_S = 0.1  # heartbeats that wait behind a stall of ours are heard before a lease is called lost
 CANCELLED = "cancelled"  # outcome of a rollout nobody wants any more, and of an attempt that lost its rollout so
 REWOUND = "rewound"  # outcome of a rollout whose step is to be done again: its id may be added again
@@ -330,15 +332,15 @@ class ReplayStore:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.ended.wait(), min(left, self.lease_s / 4))
 
-    async def take(self, step: int, mode: str, spans: bool = False) -> dict[str, pa.Table]:
-        """The ended rollouts of `step` and `mode`, and of their winning attempts the attempts, calls, rewards and, where asked
-        for, `spans`.
+    async def take(self, step: int, mode: str, spans: bool = False, texts: bool = True) -> dict[str, pa.Table]:
+        """The ended rollouts of `step` and `mode`, and of their winning attempts the attempts, calls (without `texts` not what
+        was said in them, which is most of their bytes), rewards and, where asked for, `spans`.
 
         Records are ordered by rollout and sequence. What it returns is durable. Dropped and lost rollouts have a row in
         "rollouts" and nothing else.
         """
         # Held records and `rolled` are of the same moment, so a roll that ends meanwhile neither doubles nor hides a row.
-        read = reader_of_winners(self.directory, self.state, self.rolled, (mode, step), spans)
+        read = reader_of_winners(self.directory, self.state, self.rolled, (mode, step), spans, texts)
         await self._durable()
         return await asyncio.to_thread(read)
 

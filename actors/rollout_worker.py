@@ -201,15 +201,15 @@ class RolloutWorker:
                 verdict = await self._grade(self.grader, lease, output)
             except GraderError as error:
                 return "grader_error", str(error), None
-            recorder.reward(verdict.value, verdict.components)
+            recorder.verdict(verdict)
             return SUCCEEDED, "", verdict
         if given is not None:
-            recorder.reward(given.value, given.components)
+            recorder.verdict(given)
             return SUCCEEDED, "", given
         emitted = recorder.emitted()
         if emitted is None:
             return "no_reward", "the agent returned no reward and emitted none, and there is no grader.run", None
-        return SUCCEEDED, "", Verdict(emitted, {})
+        return SUCCEEDED, "", Verdict(emitted)
 
     async def _grade(self, grader: Grader, lease: Lease, output: Any) -> Verdict:
         call = grader.grade(lease.rollout.input, lease.rollout.private, output)
@@ -283,7 +283,8 @@ class RolloutWorker:
 
 
 def check_engine(ended: Ended, source: str, closed: Closed, endpoint: ModelEndpoint) -> None:
-    """Raises EngineLost where the attempt's replica, `source`, went away, or the agent failed by the engine's failing.
+    """Raises EngineLost where the attempt's replica, `source`, or vLLM in it, went away, or the agent failed by the engine's
+    failing.
 
     Whether the agent got over the first does not matter: what it met was not its doing. Of a process no exception is to be
     had: it failed by the engine's failing where it raised, or ran out of time, after a call that the engine did not serve.
@@ -293,6 +294,8 @@ def check_engine(ended: Ended, source: str, closed: Closed, endpoint: ModelEndpo
     """
     if source not in closed:
         raise EngineLost(f"engine replica {source} went away during the attempt")
+    if closed[source]["errored"]:
+        raise EngineLost(f"vLLM died in engine replica {source} during the attempt, or right after it")
     waited = ended.how == "timeout" or (ended.how == "raised" and gave_up(ended.exception, endpoint.anthropic_base_url))
     for name in ("upstream_failed", "upstream_waited") if waited else ("upstream_failed",):
         if why := next((of[name] for of in closed.values() if of[name]), ""):

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from raygent.actors.segments import KINDS, RECORDS, STATE, Contents, Rolled, StoreDamaged, read_log, read_rolled
-from raygent.actors.store_tables import StepKey, check_files, read_records, read_states, with_texts
+from raygent.actors.store_tables import CALL_TEXTS, StepKey, check_files, read_records, read_states, with_texts
 from raygent.records import ENDED, SCHEMAS, AttemptKey, to_batch, utf8
 
 
@@ -220,10 +220,10 @@ def read_store(directory: Path) -> tuple[State, list[Contents], Rolled]:
 
 
 def reader_of_winners(
-    directory: Path, state: State, rolled: Rolled, key: StepKey, spans: bool = False
+    directory: Path, state: State, rolled: Rolled, key: StepKey, spans: bool = False, texts: bool = True
 ) -> Callable[[], dict[str, pa.Table]]:
-    """What reads the ended rollouts of step `key`, and of their winning attempts the attempts, calls, rewards and, where asked for,
-    `spans`, as they stand now; it may be called later and in another thread.
+    """What reads the ended rollouts of step `key`, and of their winning attempts the attempts, calls (with their `texts`, or
+    without), rewards and, where asked for, `spans`, as they stand now; it may be called later and in another thread.
 
     Records are ordered by rollout and sequence. Dropped and lost rollouts have a row in "rollouts" and nothing else.
     """
@@ -240,9 +240,10 @@ def reader_of_winners(
     def read() -> dict[str, pa.Table]:
         tables = {table: with_texts(directory, table, key, rows) for table, rows in states.items()}
         for table, batches in held.items():
-            rows = pa.Table.from_batches(batches, SCHEMAS[table])
+            columns = [name for name in SCHEMAS[table].names if texts or name not in CALL_TEXTS]
+            rows = pa.Table.from_batches(batches, SCHEMAS[table]).select(columns)
             if len(rows) < expected[table]:
-                rows = pa.concat_tables([rows, read_records(directory, table, rolled, key, winners)])
+                rows = pa.concat_tables([rows, read_records(directory, table, rolled, key, winners, columns)])
             if len(rows) != expected[table]:
                 what = f"{len(rows)} rows of the winners of {key[0]} step {key[1]}, not {expected[table]}"
                 raise StoreDamaged(str(directory / table), 0, what)

@@ -29,6 +29,7 @@ TEXTS = {
     "rollouts": ("input", "private", "prompts"),
     "attempts": ("error",),
 }  # not kept in memory once they are in Parquet
+CALL_TEXTS = ("request", "response", "sampling")  # most of a call's bytes, and none that training reads
 
 _TAIL = 8  # the footer's length (4 bytes) and the closing magic
 _CRC = 4
@@ -129,7 +130,7 @@ def read_records(
     names = columns or SCHEMAS[table].names
     found = [SCHEMAS[table].empty_table().select(names)]
     for path in record_files(directory, table, rolled, key):
-        rows = read_parquet(path, columns and ["rollout_id", "attempt", *columns])
+        rows = read_parquet(path, columns and list(dict.fromkeys(["rollout_id", "attempt", *columns])))
         rows = rows.filter(pc.is_in(rows["rollout_id"], value_set=wanted))
         pairs = zip(rows["rollout_id"].to_pylist(), rows["attempt"].to_pylist(), strict=True)
         found.append(rows.filter(pa.array([pair in attempts for pair in pairs], pa.bool_())).select(names))

@@ -62,16 +62,22 @@ class Draft:
     tokens: list[np.ndarray]
     samples: list[Sample]
 
-    def fill(self) -> None:
-        """Hand the entry's advantages, and what its critic has to learn, to the samples."""
+    def fill(self, kl_in_loss: bool) -> None:
+        """Hand the entry's advantages, what its critic has to learn, and what the loss compares with, to the samples."""
         entry = self.entry
         for sample, tokens in zip(self.samples, self.tokens, strict=True):
+
+            def spread(values: np.ndarray, sample: Sample = sample, tokens: np.ndarray = tokens) -> np.ndarray:
+                whole = np.zeros(len(sample), np.float32)
+                whole[sample.loss_mask] = values[tokens]
+                return whole
+
             if entry.advantages is not None:
-                sample.advantages[sample.loss_mask] = entry.advantages[tokens]
+                sample.advantages = spread(entry.advantages)
             if entry.returns is not None:
-                sample.values, sample.returns = np.zeros(len(sample), np.float32), np.zeros(len(sample), np.float32)
-                sample.values[sample.loss_mask] = entry.measured["values"][tokens]
-                sample.returns[sample.loss_mask] = entry.returns[tokens]
+                sample.values, sample.returns = spread(entry.measured["values"]), spread(entry.returns)
+            if kl_in_loss:
+                sample.reference = spread(entry.measured["reference"])
 
 
 def make_samples(
@@ -106,7 +112,7 @@ def make_samples(
 
     kept = [draft for draft in drafts if draft.entry.advantages is not None or not config.algorithm.drop_flat_groups]
     for draft in kept:
-        draft.fill()
+        draft.fill(config.algorithm.kl > 0 and config.algorithm.kl_in == "loss")
     samples = [sample for draft in kept for sample in draft.samples]
     weigh(samples, config)
     used = {entry.rollout["group_id"] for entry in entries if entry.advantages is not None}

@@ -3,7 +3,7 @@
 Loss -log sigmoid(beta x margin), margin = log(p/p_ref)(best) - log(p/p_ref)(worst), each of a whole rollout; the reference is the
 first weights. Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7. With several agents each has its pairs, of its own
 tokens, and with R rollouts in pairs each pair counts 2 / R, so with one agent the loss is the mean over pairs. The gradient is that of the tokens' log-probabilities times +-beta x sigmoid(-beta x margin),
-which stand here as advantages: exact where one optimiser step follows the measurement, hence `mini_batches = 1`.
+which stand here as advantages: exact where one optimiser step follows the measurement, hence one mini-batch and one epoch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OFF_POLICY = True
 MEASURES = ("current", "reference")
 # Every token counts 1 / rollouts, and 2 make a pair.
 DEFAULTS = {"loss": "gpg", "aggregation": "constant", "horizon": 1}
-RIGHT = DEFAULTS | {"mini_batches": 1, "drop_flat_groups": True}
+RIGHT = DEFAULTS | {"mini_batches": 1, "epochs": 1, "drop_flat_groups": True}
 
 
 def advantages(episodes: Episodes, settings: Algorithm) -> np.ndarray:

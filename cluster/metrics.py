@@ -6,6 +6,7 @@ import json
 import secrets
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +20,9 @@ from raygent.algorithms.intervals import mean_interval, paired_gain
 from raygent.cluster.alarms import ALARMS, SPAN, signs
 from raygent.cluster.digests import digest, judge_digest
 from raygent.cluster.task_choice import expected_by_task
+from raygent.cluster.transcripts import conversations, end_of, tokenizer_of
 from raygent.config import Config
-from raygent.records import PROMPTS, Task
+from raygent.records import PROMPTS, Task, only
 
 SHOWN = {
     "reward": "reward {:.3f}",
@@ -49,8 +51,10 @@ class RunLog:
         self.lines = self.directory / "metrics.jsonl"
         self.evaluations = self.directory / "evaluations.jsonl"
         self.last = time.monotonic()
+        self.ends: list[dict[str, Any]] = []  # the metrics of the first SPAN steps and of the last
         self.told: set[str] = set()  # alarms that stand
         self.judge = judge_digest(config)
+        self.tokenizer: Any = None  # takes seconds to import; of the first evaluation
         self.wandb = self._start_wandb()
 
     def _start_wandb(self) -> Any:
@@ -80,6 +84,8 @@ class RunLog:
         for path, last in ((self.lines, step - 1), (self.evaluations, step)):
             rows = [row for row in read_lines(path) if row["step"] <= last]
             rewrite(path, rows)
+            if path == self.lines:
+                self.ends = rows[:SPAN] + rows[SPAN:][-SPAN:]
         if step:
             self.note(f"going on at step {step}")
         self.last = time.monotonic()
@@ -102,7 +108,9 @@ class RunLog:
         self.note(f"step {step + 1}/{self.config.run.steps} {', '.join(shown)}")
         if (acted := agents_in(metrics)) and not any(map(self.config.trains, acted)):
             self.note(f"agent.train: no agent that acted is trained; it names none of {', '.join(acted)}")
-        found = signs(read_lines(self.lines))
+        self.ends.append(metrics)
+        del self.ends[SPAN:-SPAN]
+        found = signs(self.ends)
         for name in found.keys() - self.told:
             self.note(f"ALARM {found[name]}")
             self.wandb.alert(title=f"raygent: {name}", text=found[name])
@@ -141,7 +149,9 @@ class RunLog:
             f"{summary['several_calls_share']:.0%} of the rollouts made more than one call, mean reward {summary['several_calls_reward']:.3f}"
         )
         table = {f"eval/{name}": value for name, value in summary.items()} | {"step": step}
-        self.wandb.log(table | {"eval/rollouts": self._best_and_worst(tables)})
+        if self.config.wandb.mode != "disabled":
+            table["eval/rollouts"] = self._best_and_worst(tables)
+        self.wandb.log(table)
         self.last = time.monotonic()
 
     def best_step(self) -> int | None:
@@ -149,23 +159,23 @@ class RunLog:
         return best_step(read_lines(self.evaluations))
 
     def _best_and_worst(self, tables: dict[str, pa.Table]) -> Any:
+        """W&B's table of the rollouts with the highest rewards and the lowest, of those that have one, and what was said in them."""
         import wandb
 
-        rows = sorted(tables["rollouts"].to_pylist(), key=lambda row: (row["reward"] is None, row["reward"]))
+        rows = [row for row in tables["rollouts"].to_pylist() if row["reward"] is not None]
+        rows.sort(key=lambda row: row["reward"], reverse=True)
         chosen = rows if len(rows) <= 2 * TABLE_ROWS else rows[:TABLE_ROWS] + rows[-TABLE_ROWS:]
         names = {row["rollout_id"] for row in chosen}
-        requests: dict[str, str] = {}
-        for call in tables["calls"].select(["rollout_id", "request"]).to_pylist():
-            if call["rollout_id"] in names:
-                requests[call["rollout_id"]] = call["request"]  # the last holds the conversation
-        columns: list[str | int] = ["rollout", "reward", "outcome", "input", "last request"]
-        return wandb.Table(
-            columns=columns,
-            data=[
-                [row["rollout_id"], row["reward"], row["outcome"], row["input"], requests.get(row["rollout_id"], "")]
-                for row in chosen
-            ],
-        )
+        calls = defaultdict(list)
+        for call in only({"calls": tables["calls"]}, names)["calls"].to_pylist():
+            calls[call["rollout_id"]].append(call)
+        self.tokenizer = self.tokenizer or tokenizer_of(self.config)
+        columns: list[str | int] = ["rollout", "reward", "outcome", "input", "transcript"]
+        said = {name: end_of("\n".join(conversations(calls[name], self.tokenizer))) for name in names}
+        data = [
+            [row["rollout_id"], row["reward"], row["outcome"], row["input"], said[row["rollout_id"]]] for row in chosen
+        ]
+        return wandb.Table(columns=columns, data=data)
 
     def prompts(self, rows: list[dict[str, Any]]) -> None:
         """All versions of the prompts (rows of the table `prompts`), to W&B."""

@@ -20,15 +20,16 @@ import numpy as np
 import pyarrow as pa
 import ray
 
-from raygent.actors.checkpoint import Checkpoint, latest_checkpoint
+from raygent.actors.checkpoint import Checkpoint, checkpoint_to_evaluate, latest_checkpoint
 from raygent.actors.critic import Critic
 from raygent.actors.engine_handle import EngineFailed, EngineUnavailable, last_line
 from raygent.actors.learner import LearnerGroup, LearnerLost
+from raygent.actors.reference import Reference
 from raygent.actors.replay_store import ReplayStore
 from raygent.actors.segments import write_atomically
 from raygent.algorithms.curriculum import Groups
 from raygent.cluster.digests import evaluation_digest
-from raygent.cluster.keeper import end_app, start_keeper, stop_keeper
+from raygent.cluster.keeper import beside_the_driver, end_app, start_keeper, stop_keeper
 from raygent.cluster.pacer import Versions, measured_before, steps_to_admit
 from raygent.cluster.prompt_table import prompts_in_force, steps_done
 from raygent.cluster.serve_app import START_DEADLINE_S, app_name, start_app
@@ -43,6 +44,8 @@ logger = logging.getLogger("raygent")
 NAMESPACE = "raygent"
 HEAL_EVERY_S = 5.0
 MOST_RESTARTS = 5  # of the learners from one checkpoint
+TRAINED = ("train", "greedy")  # modes of rollouts
+MOST_LOST = 0.5  # of a step's rollouts
 
 
 class GateError(RuntimeError):
@@ -83,7 +86,10 @@ class Parts:
             )
             ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **here)
         config, secret = self.config, secrets.token_hex(32)
-        checkpoint = latest_checkpoint(self.directory) if config.run.resume else None
+        if self.evaluates:
+            checkpoint = checkpoint_to_evaluate(config)
+        else:
+            checkpoint = latest_checkpoint(self.directory) if config.run.resume else None
         self._stand_at(checkpoint)
         if config.changes_prompts:
             self.step = steps_done(self.directory)
@@ -96,6 +102,7 @@ class Parts:
             max_task_retries=-1,
             max_concurrency=1000,
             num_cpus=0,
+            scheduling_strategy=beside_the_driver(),
         ).remote(str(self.directory / "store"), config.workers.lease_s, config.workers.max_attempts)
         # A run that changes prompts has no checkpoints: it does all its steps again, with the rollouts of before.
         ray.get(self.store.rewind.remote(None if config.changes_prompts else self.step, self.evaluates))
@@ -104,8 +111,9 @@ class Parts:
             self.spending.check()
         start_keeper(config, app_name(config), store_name, NAMESPACE)
         self.learners = LearnerGroup(config) if self.learn_too else None
-        of_critic = config.of_critic if self.learn_too else None
+        of_critic, of_reference = (config.of_critic, config.of_reference) if self.learn_too else (None, None)
         self.critic = LearnerGroup(of_critic, Critic) if of_critic else None
+        self.reference = LearnerGroup(of_reference, Reference) if of_reference else None
         # A replica replaced later would miss a deleted checkpoint; adapters are nowhere but in the learners.
         pushed = self.learn_too and (checkpoint is not None or bool(config.adapters))
         model = str(checkpoint.path) if checkpoint and not pushed else config.model.path
@@ -124,7 +132,7 @@ class Parts:
 
     def __exit__(self, *_: Any) -> None:
         self.pool.stop()
-        for group in (self.learners, self.critic):
+        for group in (self.learners, self.critic, self.reference):
             if group:
                 group.stop()
         end_app(app_name(self.config))
@@ -150,6 +158,8 @@ class Parts:
         self.learners.restart(checkpoint)
         if self.critic:
             self.critic.restart(checkpoint and checkpoint.of_critic())
+        if self.reference:
+            self.reference.restart(None)
 
     @contextmanager
     def clock(self, part: str) -> Iterator[None]:
@@ -193,7 +203,12 @@ class Parts:
         return ray.get(self.store.add_rollouts.remote(rollouts))
 
     def collect(self, step: int, mode: str, spans: bool = False) -> dict[str, pa.Table]:
-        """Wait for the rollouts of `step` to end, keeping replicas and workers whole meanwhile; the store's tables of them."""
+        """Wait for the rollouts of `step` to end, keeping replicas and workers whole meanwhile; the store's tables of them, those of
+        rollouts to train on without what was said.
+
+        Raises ConfigError, with all steps done safe in a checkpoint, where infrastructure lost most of what was to be trained on:
+        an outage would use up one step after the other.
+        """
         while still_open := ray.get(self.store.wait.remote(step, mode, HEAL_EVERY_S)):
             logger.info("step %d: %d %s rollouts open", step, still_open, mode)
             if self.pool.broken:
@@ -201,7 +216,16 @@ class Parts:
             self.heal()
             self.check_upstreams()
         self.check_upstreams()
-        return ray.get(self.store.take.remote(step, mode, spans))
+        tables = ray.get(self.store.take.remote(step, mode, spans, mode not in TRAINED))
+        lost = sum(status == "lost" for status in tables["rollouts"]["status"].to_pylist())
+        if self.learners and mode in TRAINED and lost > len(tables["rollouts"]) * MOST_LOST:
+            with self.steps_kept():
+                raise ConfigError(
+                    f"workers.max_attempts: infrastructure lost {lost} of the {len(tables['rollouts'])} rollouts of step {step + 1}, each "
+                    f"{self.config.workers.max_attempts} times (why: the store's table attempts); mend it, and the same command "
+                    "goes on there"
+                )
+        return tables
 
     def heal(self) -> None:
         """A replica that was replaced reports an old version and takes no traffic: it gets the weights in force."""
@@ -276,7 +300,11 @@ class Parts:
         if what == "reference" and self.teacher:
             with self.steps_kept():
                 return self.teacher.logprobs(samples)
-        group = self.critic if what == "values" else self.learners
+        group = self.learners
+        if what == "values":
+            group = self.critic
+        elif what == "reference" and self.reference:
+            group = self.reference
         assert group
         return group.measure(what, samples)
 

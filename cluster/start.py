@@ -97,7 +97,7 @@ def local_ray(config: Config) -> Iterator[str]:
 
 def cpus_needed(config: Config) -> int:
     """As many CPUs as the run's actors ask for, and no fewer than there are: on a small machine they share them."""
-    ranks = sum(learner.ranks for learner in config.learners)
+    ranks = sum(learner.ranks for learner in config.learners.values())
     need = ranks + config.engine.replicas + config.workers.max * config.workers.cpus + 1
     return max(os.cpu_count() or 1, math.ceil(need))
 

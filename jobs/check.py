@@ -19,7 +19,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from raygent.actors.checkpoint import laid_out, latest_checkpoint
+from raygent.actors.checkpoint import checkpoint_to_evaluate, laid_out, latest_checkpoint
 from raygent.actors.file_lock import lock
 from raygent.actors.grading import Grader
 from raygent.actors.subprocess_agent import (
@@ -69,6 +69,8 @@ def check(config: Config, learn: bool = True) -> None:
     _check_run_directory(config)
     if learn:
         _check_checkpoint(config)
+    elif config.run_directory.exists() or not submits():
+        checkpoint_to_evaluate(config)
     _check_data(config)
     _check_prompts(config)
     _check_model(config)
@@ -90,6 +92,8 @@ def check(config: Config, learn: bool = True) -> None:
 
 def _check_run_directory(config: Config) -> None:
     directory = config.run_directory
+    if submits() and not directory.exists():  # it may be there on the nodes alone
+        return
     there = next(folder for folder in (directory, *directory.parents) if folder.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         what = "cannot be written to" if there.is_dir() else "is a file"
@@ -517,6 +521,11 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
+def submits() -> bool:
+    """Whether this process hands the run to a cluster as a job, which then checks it once more, where it is to run."""
+    return os.environ.get("RAY_ADDRESS", "").startswith("http")
+
+
 def on_cluster() -> bool:
     """Whether the run is for a Ray that runs already, elsewhere perhaps, rather than one of its own here."""
     return os.environ.get("RAY_ADDRESS", "local") != "local"
@@ -537,7 +546,7 @@ def _check_gpus(config: Config) -> None:
 
 def gpus_wanted(config: Config) -> dict[str, float]:
     return {
-        "learner": sum(learner.ranks * learner.gpus for learner in config.learners),
+        "learner": sum(learner.ranks * learner.gpus for learner in config.learners.values()),
         "engine": config.engine.replicas * config.engine.gpus,
     }
 
@@ -574,7 +583,7 @@ def _check_accounts(config: Config) -> None:
     """What the run needs of others, and this environment lacks."""
     if config.wandb.mode == "online" and not on_cluster() and not logged_in():
         raise ConfigError("wandb.mode: online, but nobody is logged in; run `wandb login`, or use offline")
-    if not os.environ.get("RAY_ADDRESS", "").startswith("http"):  # else the job looks, in its own environment
+    if not submits():  # else the job looks, in its own environment
         config.upstream_keys()
 
 

@@ -12,15 +12,26 @@ import tomli_w
 
 from raygent.actors.grading import GraderError, grade_once
 from raygent.cluster.task_choice import shares
-from raygent.config import OPTIMISER, Config, ConfigError
+from raygent.config import OPTIMISER, Config, ConfigError, LearnerSection
 from raygent.data_files import load_tasks
-from raygent.jobs.check import about_model, check, cluster_resources, gpus_here, gpus_wanted, on_cluster, template_of
+from raygent.jobs.check import (
+    about_model,
+    check,
+    cluster_resources,
+    gpus_here,
+    gpus_wanted,
+    on_cluster,
+    submits,
+    template_of,
+)
 from raygent.records import to_json
 
 # Resident memory of the processes beside what is in them; measured with a small model on CPU.
 LEARNER_PROCESS, ENGINE_PROCESSES, WORKER_PROCESS = 1.0 * 2**30, 1.8 * 2**30, 0.3 * 2**30
 KV_CACHE = 256 * 2**20  # of an engine on CPU, where engine.kv_cache_memory_bytes does not say otherwise
-LOGITS_COPIES = 3  # float32 [tokens, vocabulary]: the logits, their log-softmax, the gradient
+LOGITS_BYTES = (
+    20  # of [tokens, vocabulary] at most: the model's logits, float32 copies, their log-softmax, the gradient
+)
 
 
 def dry_run(config: Config) -> None:
@@ -105,7 +116,7 @@ def _tell_model(config: Config, memory: dict[str, float]) -> None:
 def _tell_teacher(config: Config) -> None:
     if not config.algorithm.teacher_url:
         return
-    if os.environ.get("RAY_ADDRESS", "").startswith("http"):
+    if submits():
         print(f"teacher  {config.algorithm.teacher_url}: asked by the job, from where it runs")
         return
     from raygent.cluster.teacher import Teacher  # and httpx, which takes its time
@@ -123,7 +134,7 @@ def tell_parsers(config: Config) -> None:
 
 
 def _tell_cluster(config: Config, memory: dict[str, float]) -> None:
-    ranks = sum(learner.ranks for learner in config.learners)
+    ranks = sum(learner.ranks for learner in config.learners.values())
     cpus = ranks + config.engine.replicas + config.workers.cpus * config.workers.max
     gpus = sum(gpus_wanted(config).values())
     asked = f"cluster  up to {cpus:g} CPUs and {gpus:g} GPUs asked for"
@@ -139,10 +150,8 @@ def _tell_cluster(config: Config, memory: dict[str, float]) -> None:
     if cpus > cores:
         print("         more CPUs than there are: the actors share them")
     whole = WORKER_PROCESS * config.workers.max
-    for one in (config, config.of_critic) if config.learners else ():
-        if one:
-            rank = LEARNER_PROCESS if one.learner.gpus else memory_estimate(one)["learner_rank"]
-            whole += one.learner.ranks * rank
+    for name, learner in config.learners.items():
+        whole += learner.ranks * (LEARNER_PROCESS if learner.gpus else memory[f"{name}_rank"])
     whole += config.engine.replicas * (ENGINE_PROCESSES if config.engine.gpus else memory["engine"])
     print(f"         about {_gib(whole)} of it needed{': MORE THAN IS FREE' if whole > free else ''}")
 
@@ -152,35 +161,54 @@ def _gib(size: float) -> str:
 
 
 def memory_estimate(config: Config) -> dict[str, float]:
-    """`parameters` of the model, and bytes: of a `learner_rank` (of which `learner_states`: weights, gradients and Adam's;
-    `learner_logits`: those of a micro-batch) and of an `engine` (weights, KV cache on CPU, processes). What is offloaded is
-    not counted.
+    """`parameters` of the model, and bytes: of a `learner_rank` (of which `learner_states`: weights, gradients and Adam's, and a
+    reference's weights; `learner_logits`: those of a micro-batch), of a `critic_rank` and a `reference_rank` where these have
+    their own, and of an `engine` (weights, KV cache on CPU, processes). What is offloaded is not counted.
+    """
+    parameters = count_parameters(config)
+    states = parameters * _bytes_of_states(config.learner)
+    reference = count_parameters(config, config.algorithm.teacher) if config.algorithm.teacher else parameters
+    if config.with_reference:
+        states += reference * _bytes_of_weights(config.learner)
+    vocabulary = about_model(config).get("vocab_size") or 0
+    logits = config.learner.micro_batch_tokens / config.learner.sequence_parallel * vocabulary * LOGITS_BYTES
+    engine_width = 4 if (config.engine.dtype or config.learner.dtype) == "float32" else 2
+    cache = config.engine.vllm_arguments().get("kv_cache_memory_bytes", 0 if config.engine.gpus else KV_CACHE)
+    of_others = {}
+    if critic := config.of_critic:  # its logits are one a token
+        of_others["critic_rank"] = parameters * _bytes_of_states(critic.learner) + LEARNER_PROCESS
+    if apart := config.of_reference:
+        of_others["reference_rank"] = reference * _bytes_of_weights(apart.learner) + logits + LEARNER_PROCESS
+    return of_others | {
+        "parameters": parameters,
+        "learner_states": states,
+        "learner_logits": logits,
+        "learner_rank": states + logits + LEARNER_PROCESS,
+        "engine": parameters * engine_width + cache + ENGINE_PROCESSES,
+    }
+
+
+def _bytes_of_states(learner: LearnerSection) -> float:
+    """A parameter, on each rank: weights, gradients and Adam's states.
 
     ZeRO stage s shards what it names over the ranks: 1 the optimiser's states (float32 master copy and two moments), 2 the
     gradients too, 3 the weights too; Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, section 3.
     """
-    parameters, ranks, stage = count_parameters(config), config.learner.ranks, config.learner.zero_stage
-    width = 4 if config.learner.dtype == "float32" else 2
-    optimiser = 8 if stage == 0 and width == 4 else 12
-    states = width / (ranks if stage >= 3 else 1) + width / (ranks if stage >= 2 else 1)
-    states += (
-        0 if config.learner.offload_optimiser and config.learner.gpus else optimiser / (ranks if stage >= 1 else 1)
-    )
-    if config.learner.lora:  # the adapters themselves are small beside the model
-        states = width / (ranks if stage >= 3 else 1)
-    if config.with_reference:
-        states += width * (count_parameters(config, config.algorithm.teacher) / parameters if parameters else 1)
-    vocabulary = about_model(config).get("vocab_size") or 0
-    logits = config.learner.micro_batch_tokens / config.learner.sequence_parallel * vocabulary * 4 * LOGITS_COPIES
-    engine_width = 4 if (config.engine.dtype or config.learner.dtype) == "float32" else 2
-    cache = config.engine.vllm_arguments().get("kv_cache_memory_bytes", 0 if config.engine.gpus else KV_CACHE)
-    return {
-        "parameters": parameters,
-        "learner_states": parameters * states,
-        "learner_logits": logits,
-        "learner_rank": parameters * states + logits + LEARNER_PROCESS,
-        "engine": parameters * engine_width + cache + ENGINE_PROCESSES,
-    }
+    ranks, stage, width = learner.ranks, learner.zero_stage, _width(learner)
+    if learner.lora:  # the adapters themselves are small beside the model
+        return _bytes_of_weights(learner)
+    gradients = width / (ranks if stage >= 2 else 1)
+    optimiser = (8 if stage == 0 and width == 4 else 12) / (ranks if stage >= 1 else 1)
+    return _bytes_of_weights(learner) + gradients + (0 if learner.offload_optimiser and learner.gpus else optimiser)
+
+
+def _bytes_of_weights(learner: LearnerSection) -> float:
+    """A parameter, on each rank."""
+    return _width(learner) / (learner.ranks if learner.zero_stage == 3 else 1)
+
+
+def _width(learner: LearnerSection) -> int:
+    return 4 if learner.dtype == "float32" else 2
 
 
 def count_parameters(config: Config, teacher: str | None = None) -> int:

@@ -83,7 +83,7 @@ def held_out_tasks(config: Config) -> list[Task]:
 
 
 def evaluate_last(config: Config) -> None:
-    """Evaluate the run's last checkpoint, or the model of a run that has none, on data.eval."""
+    """Evaluate a checkpoint of the run (`evaluate.checkpoint`), or the model of a run that has none, on data.eval."""
     from raygent.cluster.parts import Parts
 
     held_out = held_out_tasks(config)

@@ -18,18 +18,17 @@ from raygent.callables import read_verdict
 from raygent.cluster.digests import digest
 from raygent.cluster.metrics import RunLog
 from raygent.cluster.prompt_table import note_begun, read_prompts, steps_done, write_prompts
+from raygent.cluster.transcripts import conversations, end_of, tokenizer_of
 from raygent.config import Algorithm, Config, PromptTurns
 from raygent.data_files import load_tasks
 from raygent.jobs.evaluate import evaluate
-from raygent.jobs.try_agent import messages_of, reply_of
-from raygent.records import UPSTREAM, Rollout, Task, only
+from raygent.records import Rollout, Task, only
 
 if TYPE_CHECKING:
     from raygent.cluster.parts import Parts
 
 Row = dict[str, Any]
 UNREAD = {"prompt_token_ids", "logprobs", "policy_versions", "input", "private"}  # large, and nothing here reads them
-MOST_SHOWN = 6000  # characters of one transcript, from its end
 
 
 def optimise_prompts(config: Config) -> None:
@@ -132,10 +131,8 @@ class Trials:
 
     def __init__(self, parts: Parts, samples: int, turn: int | None = None) -> None:
         """samples: rollouts of each trial. turn: the run's step, where it trains weights too: its rollouts are of that."""
-        from transformers import AutoTokenizer
-
         self.parts, self.config, self.samples, self.turn = parts, parts.config, samples, turn
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(parts.config.model.path)
+        self.tokenizer = tokenizer_of(parts.config)
 
     def run(self, step: int, pairs: list[tuple[Prompts, Task]]) -> list[Trial]:
         """One trial a pair, of so many `samples` each; those of one pair that stands there twice are the same."""
@@ -209,21 +206,7 @@ class Trials:
 
     def _transcript(self, reward: float, records: dict[str, list[Row]]) -> str:
         """The conversation of each agent, what came of it, and the reward. What `private` holds is not in it."""
-        calls = sorted(records["calls"], key=lambda call: call["sequence"])
-        said = [messages_of(json.loads(call["request"])) for call in calls]
-        lines = []
-        for place, call in enumerate(calls):
-            agent, mine = call["agent"], said[place]
-            later = zip(calls[place + 1 :], said[place + 1 :], strict=True)
-            if any(other["agent"] == agent and more[: len(mine)] == mine for other, more in later):
-                continue  # a later call of the agent's has it all
-            of = f" of agent {agent}" if len({one["agent"] for one in calls}) > 1 else ""
-            reply = (
-                reply_of(call["response"])
-                if call["policy"].startswith(UPSTREAM)
-                else self.tokenizer.decode(call["response_token_ids"], skip_special_tokens=True)
-            )
-            lines += [f"[conversation{of}]", *mine, f"assistant: {reply}"]
+        lines = conversations(records["calls"], self.tokenizer)
         lines.append(f"[output] {as_text(value_of(records['spans']))}")
         for attempt in records["attempts"]:
             if attempt["outcome"] == "grader_error":
@@ -234,8 +217,7 @@ class Trials:
             name: value for row in records["rewards"] for name, value in json.loads(row["components"] or "{}").items()
         }
         lines.append(f"[reward] {reward:g}" + "".join(f", {name} {value:g}" for name, value in parts.items()))
-        text = "\n".join(lines)
-        return text if len(text) <= MOST_SHOWN else "..." + text[-MOST_SHOWN:]
+        return end_of("\n".join(lines))
 
 
 def by_rollout(rows: list[Row]) -> dict[str, list[Row]]:

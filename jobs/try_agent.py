@@ -10,13 +10,13 @@ import json
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from raygent.cluster.start import quiet_environment
+from raygent.cluster.transcripts import messages_of, reply_of, tokenizer_of
 from raygent.config import Config, ConfigError, load
 from raygent.data_files import load_tasks
 from raygent.jobs.check import check, is_locked
@@ -24,7 +24,6 @@ from raygent.jobs.dry_run import tell_parsers
 from raygent.records import SCHEMAS, UPSTREAM, Rollout, Task, to_json
 
 Row = dict[str, Any]
-SAID = ("content", "text", "reasoning_content", "thinking", "name", "arguments", "partial_json")  # of a reply's JSON
 SHOWN = 2000  # characters of one message, and of an error, from its end
 
 
@@ -37,6 +36,7 @@ def config_to_try(config: Config) -> Config:
     if is_locked(config.run_directory / "store" / "lock"):
         raise ConfigError(f"run.name: {config.run_directory} goes on; wait for its end, or choose another run.name")
     config.engine.replicas = config.workers.min = config.workers.max = 1
+    config.evaluate.checkpoint = None
     return config
 
 
@@ -106,9 +106,7 @@ def _tell_conversation(config: Config, calls: list[Row]) -> None:
     """Each call: the messages that the agent's call before did not have, and what was sampled."""
     if not calls:
         return
-    from transformers import AutoTokenizer
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(config.model.path)
+    tokenizer = tokenizer_of(config)
     before: dict[str, list[str]] = {}
     for call in calls:
         messages = messages_of(json.loads(call["request"]))
@@ -123,55 +121,6 @@ def _tell_conversation(config: Config, calls: list[Row]) -> None:
             print(_indented(message))
         reply = reply_of(call["response"]) if call["response"] else tokenizer.decode(call["response_token_ids"])
         print(_indented(f"=> {reply}"))
-
-
-def reply_of(response: str) -> str:
-    """What an upstream said: the texts of its reply, or of a stream's pieces; the body itself where it holds none."""
-    events = [line.removeprefix("data:") for line in response.splitlines() if line.startswith("data:")]
-    told = []
-    for text in events or [response]:
-        try:
-            told.append(json.loads(text))
-        except ValueError:  # [DONE]
-            continue
-    ends = [
-        event["response"] for event in told if isinstance(event, dict) and event.get("type") == "response.completed"
-    ]
-    return ("" if events and not ends else " ").join(_texts(ends or told)) or response
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            if isinstance(inner, str) and name in SAID:
-                yield inner
-            yield from _texts(inner)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _texts(inner)
-
-
-def messages_of(request: Row) -> list[str]:
-    """The conversation in a request's body, a text a message, whatever the API."""
-    found = [f"{name}: {_text(request[name])}" for name in ("system", "instructions") if request.get(name)]
-    rest = request.get("messages") or request.get("input") or request.get("prompt") or []
-    of_tokens = isinstance(rest, list) and rest != [] and all(isinstance(item, int) for item in rest)
-    for item in rest if isinstance(rest, list) and not of_tokens else [rest]:
-        if not isinstance(item, dict):
-            found.append(f"user: {_text(item)}")
-            continue
-        told = {name: value for name, value in item.items() if name not in ("role", "content", "type") and value}
-        extra = f" {json.dumps(told, ensure_ascii=False)}" if told else ""
-        found.append(f"{item.get('role') or item.get('type')}: {_text(item.get('content'))}{extra}")
-    if request.get("tools"):
-        found.append(f"tools: {json.dumps(request['tools'], ensure_ascii=False)}")
-    return found
-
-
-def _text(content: Any) -> str:
-    if isinstance(content, list):
-        return " ".join(str(part.get("text", part)) if isinstance(part, dict) else str(part) for part in content)
-    return "" if content is None else content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 
 def _tell_recorded(config: Config, calls: list[Row], records: dict[str, list[Row]]) -> None:

@@ -141,26 +141,43 @@ def arguments(
 
 @dataclass(frozen=True)
 class Verdict:
-    """A reward as an agent or a grader gave it."""
+    """A reward as an agent or a grader gave it, and those of single agents, by name, and of single calls, from 0 on."""
 
     value: float
-    components: dict[str, float]
+    components: dict[str, float] = field(default_factory=dict)
+    agents: dict[str, float] = field(default_factory=dict)
+    calls: dict[int, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As read_verdict() reads it."""
+        return self.components | {"reward": self.value, "agents": self.agents, "calls": self.calls}
 
 
 def read_verdict(value: Any, who: str) -> Verdict | None:
-    """A number, or a dict whose "reward" is one and whose other numbers are components; None where it is neither.
+    """A number, or a dict whose "reward" is one and whose other numbers are components; None where it is neither. Its "agents" and
+    "calls", if they are dicts, hold the rewards of single ones: {"reward": 1, "agents": {"writer": 0}, "calls": {0: 0.5}}.
 
-    True and False are 1 and 0. Raises ValueError or TypeError for a reward that is no finite number.
+    True and False are 1 and 0. Raises ValueError or TypeError for a reward that is no finite number, or of a call that is none.
     """
     value = scalar(value)
     if isinstance(value, numbers.Real):
-        return Verdict(finite(value, f"the reward {who} gave"), {})
-    if isinstance(value, dict) and "reward" in value:
-        parts = {str(name): scalar(part) for name, part in value.items() if name != "reward"}
-        parts = {name: part for name, part in parts.items() if isinstance(part, numbers.Real)}
-        reward = finite(value["reward"], f"the reward {who} gave")
-        return Verdict(reward, {name: finite(part, f"component {name!r} {who} gave") for name, part in parts.items()})
-    return None
+        return Verdict(finite(value, f"the reward {who} gave"))
+    if not isinstance(value, dict) or "reward" not in value:
+        return None
+    parts = {str(name): scalar(part) for name, part in value.items() if name != "reward"}
+    agents, calls = (parts[name] if isinstance(parts.get(name), dict) else {} for name in ("agents", "calls"))
+    if wrong := [call for call in calls if not (str(call).isdecimal() and len(str(call)) < 10)]:
+        raise ValueError(f'"calls" {who} gave: {wrong[0]!r} is no number of a call from 0 on')
+    return Verdict(
+        finite(value["reward"], f"the reward {who} gave"),
+        {
+            name: finite(part, f"component {name!r} {who} gave")
+            for name, part in parts.items()
+            if isinstance(part, numbers.Real)
+        },
+        {str(name): finite(part, f"the reward of agent {name!r} {who} gave") for name, part in agents.items()},
+        {int(call): finite(part, f"the reward of call {call} {who} gave") for call, part in calls.items()},
+    )
 
 
 def plain(value: Any) -> Any:

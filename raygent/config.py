@@ -204,7 +204,8 @@ class Algorithm(PromptSearch):
     overlong_buffer: int = Field(0, ge=0)  # tokens before that in which the punishment grows
     normalise_std: bool = True
     drop_flat_groups: bool = True  # groups without signal are left out of the loss
-    mini_batches: int = Field(1, ge=1)  # optimiser steps a batch
+    mini_batches: int = Field(1, ge=1)  # into which a step's rollouts are cut, an optimiser step each
+    epochs: int = Field(1, ge=1)  # how often a step goes through them all
     kl: float = Field(0.0, ge=0)  # weight of the KL to the reference (the first weights)
     kl_in: Literal["loss", "reward"] = "loss"
     kl_kind: Literal["k1", "k2", "k3"] = "k3"  # in the reward: "k1"
@@ -321,6 +322,13 @@ class CriticSection(Section):
     warmup_steps: int = Field(0, ge=0)  # steps in which it alone learns
 
 
+class ReferenceSection(Section):
+    """A place of its own for the frozen model that KL and distillation compare with; without it the learners keep it."""
+
+    ranks: int | None = Field(None, ge=1)  # None: as many as the learner
+    gpus: float | None = Field(None, ge=0, le=1)  # a rank; None: as the learner
+
+
 class EngineSection(BaseModel):
     """Besides these keys any argument of vLLM's engine by its name (`gpu_memory_utilization = 0.8`)."""
 
@@ -359,6 +367,9 @@ class Evaluate(Section):
     every: int = Field(20, ge=0)  # steps; 0: only before and after
     samples: int = Field(1, ge=1)  # a task
     tasks: int = Field(0, ge=0)  # of data.eval in the evaluations between first and last; 0: all
+    checkpoint: Annotated[int, Field(ge=0)] | Literal["best"] | None = (
+        None  # of `raygent evaluate`, by its steps; None: last
+    )
 
 
 class Upstream(Section):
@@ -394,6 +405,7 @@ class Config(Section):
     algorithm: Algorithm = Algorithm()
     learner: LearnerSection = LearnerSection()
     critic: CriticSection = CriticSection()
+    reference: ReferenceSection = ReferenceSection()
     engine: EngineSection = EngineSection()
     workers: Workers = Workers()
     evaluate: Evaluate = Evaluate()
@@ -448,30 +460,45 @@ class Config(Section):
     @property
     def measures(self) -> list[str]:
         """What the learners measure of a batch before its advantages are known."""
-        settings, wanted = self.algorithm, set(self.named_algorithm.measures)
-        return sorted(wanted | ({"reference"} if settings.kl and settings.kl_in == "reward" else set()))
+        return sorted({*self.named_algorithm.measures} | ({"reference"} if self.algorithm.kl else set()))
 
     @property
     def with_reference(self) -> bool:
-        """Whether the learners keep a frozen model beside the policy: the first weights, or a teacher that is no endpoint."""
-        return self.algorithm.kl > 0 or ("reference" in self.measures and not self.algorithm.teacher_url)
+        """Whether the learners keep a frozen model beside the policy: the first weights, or a teacher that is no endpoint. With
+        adapters the first weights are the policy's own model without them."""
+        return self._compares and self.of_reference is None and not (self.learner.lora and not self.algorithm.teacher)
+
+    @property
+    def _compares(self) -> bool:
+        return "reference" in self.measures and not self.algorithm.teacher_url
 
     @property
     def of_critic(self) -> Config | None:
         """The same with the critic's settings in [learner]; None where the algorithm has no critic."""
         if "values" not in self.measures:
             return None
-        own = {"learning_rate": self.critic.learning_rate, "lora": None}
-        own |= {key: value for key in ("ranks", "gpus") if (value := getattr(self.critic, key)) is not None}
-        return self.model_copy(update={"learner": self.learner.model_copy(update=own)})
+        return self._with_learner(self.critic, learning_rate=self.critic.learning_rate, lora=None)
 
     @property
-    def learners(self) -> list[LearnerSection]:
-        """The settings of the policy's learners, and of the critic's where there is one; none where only prompts change."""
+    def of_reference(self) -> Config | None:
+        """The same with the settings in [learner] of a reference that has a place of its own; None where it has none."""
+        if not self._compares or self.reference == ReferenceSection():
+            return None
+        return self._with_learner(self.reference, lora=None)
+
+    def _with_learner(self, section: CriticSection | ReferenceSection, **own: Any) -> Config:
+        own |= {key: value for key in ("ranks", "gpus") if (value := getattr(section, key)) is not None}
+        learner = self.learner.model_copy(update=own)
+        return self.model_copy(update={"learner": learner, "reference": ReferenceSection()})
+
+    @property
+    def learners(self) -> dict[str, LearnerSection]:
+        """By section the settings of the policy's learners, of the critic's and of the reference's where these have their own; none
+        where only prompts change."""
         if self.changes_prompts:
-            return []
-        critic = self.of_critic
-        return [self.learner, critic.learner] if critic else [self.learner]
+            return {}
+        others = {"critic": self.of_critic, "reference": self.of_reference}
+        return {"learner": self.learner} | {name: one.learner for name, one in others.items() if one}
 
     @property
     def recorded(self) -> bool:
@@ -600,7 +627,7 @@ class Config(Section):
     @model_validator(mode="after")
     def loss_fits(self) -> Config:
         settings, named = self.algorithm, self.named_algorithm
-        for key, right in (("mini_batches", 1), ("staleness", 0)):
+        for key, right in (("mini_batches", 1), ("epochs", 1), ("staleness", 0)):
             if getattr(settings, key) == right:
                 continue
             if settings.loss == "gpg" and not named.off_policy:
@@ -668,7 +695,7 @@ class Config(Section):
     @model_validator(mode="after")
     def whole(self) -> Config:
         rollouts = self.algorithm.tasks_per_step * self.algorithm.group_size
-        for section, learner in zip(("learner", "critic"), self.learners, strict=False):
+        for section, learner in self.learners.items():
             self._check_sequence_parallel(section, learner)
         if self.learners and rollouts % (apart := self.learner.ranks // self.learner.sequence_parallel):
             raise ValueError(
@@ -701,7 +728,7 @@ class Config(Section):
                 )
         if 0 < self.engine.gpus < 1 < self.engine.replicas:
             raise ValueError("engine.gpus: replicas do not share a GPU; set engine.gpus = 1, or engine.replicas = 1")
-        for section, learner in zip(("learner", "critic"), self.learners, strict=False):
+        for section, learner in self.learners.items():
             if learner.attention.startswith("flash") and not (learner.gpus and learner.dtype == "bfloat16"):
                 raise ValueError(
                     f"learner.attention: {learner.attention} is for GPUs and half precision; set {section}.gpus and "

@@ -52,9 +52,10 @@ def emit_reward(
 
     `call`: which call of the rollout, from 0 in the order of their replies; with `agent`, which of that agent's. The last one
     named "reward" without agent and call is the rollout's, unless a grader or the agent's return value gives it.
-    Raises TypeError or ValueError where a value is no finite number, or `call` none from 0 on.
+    Raises, within a run, TypeError or ValueError where a value is no finite number, or `call` none from 0 on.
     """
-    _emit("rewards", reward_fields(value, name, agent, components, call))
+    if in_run():
+        _emit("rewards", reward_fields(value, name, agent, components, call))
 
 
 def reward_fields(

@@ -327,6 +327,7 @@ class Sample:
     `logprobs[t]` is the engine's log-probability of token t given tokens < t, `advantages[t]` its advantage, and
     `policy_versions[t]` the version that sampled it, -1 where that was no policy of the run; all are 0 where the mask is False.
     With a critic `values[t]` is what it had expected before token t and `returns[t]` what it has to learn; else both are None.
+    With a KL in the loss `reference[t]` is the reference's log-probability of token t; else it is None.
     `weight` multiplies the loss of each masked token (batch.weigh), and `share` is the part of the batch that the sample stands
     for: the shares of a batch sum to 1.
     """
@@ -344,6 +345,7 @@ class Sample:
     share: float = 0.0
     values: np.ndarray | None = None  # float32 [T]
     returns: np.ndarray | None = None  # float32 [T]
+    reference: np.ndarray | None = None  # float32 [T]
 
     def __len__(self) -> int:
         return len(self.token_ids)

@@ -30,8 +30,8 @@ class Batch:
     rollouts: list[dict[str, Any]]
     calls: list[Call]
 
-    def samples(self, config: Config) -> list[Sample]:
-        return make_samples(tables(self.rollouts, self.calls), config)[0]
+    def samples(self, config: Config, group: Group) -> list[Sample]:
+        return make_samples(tables(self.rollouts, self.calls), config, None, group.learners.measure)[0]
 
     def trainable(self, rollout_id: str) -> list[Call]:
         return [one for one in self.calls if one.rollout_id == rollout_id and one.trainable]

@@ -43,6 +43,11 @@ class Group:
         on_ranks(self.learners, back_to_start, str(self.kept), changed)
         return changed
 
+    def note_reference(self, samples: list[Sample]) -> None:
+        """What the KL in the loss compares with, of samples that make_samples() did not make."""
+        for sample, measured in zip(samples, self.learners.measure("reference", samples), strict=True):
+            sample.reference = measured
+
 
 def start_group(folder: Path, stage: int, tie: bool, **learner: Any) -> Group:
     """Two ranks on a tiny model, its head tied or not, with a KL reference that is not the policy."""
@@ -81,12 +86,14 @@ def move_reference(learner: Learner) -> Arrays:
     Not far: verl cuts a token's k3 off at 10.
     """
     import torch
+    from deepspeed.zero import GatheredParameters
 
-    noise = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in learner.reference.parameters():
+    noise, sharded = torch.Generator().manual_seed(1), learner.config.learner.zero_stage == 3
+    named = dict((learner.reference.module if sharded else learner.reference).named_parameters())
+    with torch.no_grad(), GatheredParameters(list(named.values()), modifier_rank=0, enabled=sharded):
+        for parameter in named.values():
             parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.01)
-    return {name: parameter.float().numpy() for name, parameter in learner.reference.named_parameters()}
+        return {name: parameter.float().numpy().copy() for name, parameter in named.items()}
 
 
 def gradient(learner: Learner, samples: list[Sample]) -> Arrays:

@@ -22,7 +22,7 @@ PLAIN = {"kl": 0.0, "entropy": 0.0}
 def test_the_batch_is_what_it_is_meant_to_be(batch: Batch, group: Group) -> None:
     """Branches, unequal lengths, and unequal numbers of micro-batches."""
     config = group.fresh()
-    samples = batch.samples(config)
+    samples = batch.samples(config, group)
     assert list(dict.fromkeys(sample.rollout_id for sample in samples)) == NAMES
     assert len(samples) > 8 and len({len(sample) for sample in samples}) > 6
     assert any(trajectory.branches > 1 for name in NAMES for trajectory in build(_rows(batch, name)))
@@ -45,7 +45,7 @@ def _mine(samples: list[Sample], rank: int, tokens: int) -> list[Any]:
 def test_gradient(group: Group, batch: Batch, algorithm: dict[str, Any], packed: bool, tokens: int) -> None:
     config = group.fresh(algorithm, {"micro_batch_tokens": tokens, "packed": packed})
     wanted = Plain(group, config).gradient(batch, NAMES)
-    for found in on_ranks(group.learners, gradient, batch.samples(config)):
+    for found in on_ranks(group.learners, gradient, batch.samples(config, group)):
         assert furthest(found, wanted) < 1e-5
 
 
@@ -60,7 +60,8 @@ def test_gradient_of_a_rollout_split_into_single_calls(group: Group, batch: Batc
         for sample in to_samples(build([vars(one)])[0], one.rollout_id[0], gains[one.rollout_id])
     ]
     weigh(split, config)
-    assert len(split) > len(batch.samples(config))
+    group.note_reference(split)
+    assert len(split) > len(batch.samples(config, group))
     (found, _) = on_ranks(group.learners, gradient, split)
     assert furthest(found, Plain(group, config).gradient(batch, NAMES)) < 1e-5
 
@@ -70,6 +71,7 @@ def test_gradient_where_a_rank_has_nothing(group: Group, batch: Batch) -> None:
     one = batch.trainable("b2")[0]
     (sample,) = to_samples(build([vars(one)])[0], "b", advantages(batch)["b2"])
     weigh([sample], config)
+    group.note_reference([sample])
     alone = Batch(batch.rollouts, [one])
     (found, _) = on_ranks(group.learners, gradient, [sample])
     assert furthest(found, Plain(group, config).gradient(alone, ["b2"])) < 1e-5
@@ -77,24 +79,28 @@ def test_gradient_where_a_rank_has_nothing(group: Group, batch: Batch) -> None:
 
 def test_gradient_with_activations_recomputed(group: Group, batch: Batch) -> None:
     config = group.fresh(BOTH, {"micro_batch_tokens": 150})
-    (found, layers, micro_batches), _ = on_ranks(group.learners, gradient_with_checkpointing, batch.samples(config))
+    (found, layers, micro_batches), _ = on_ranks(
+        group.learners, gradient_with_checkpointing, batch.samples(config, group)
+    )
     assert layers == 2 * micro_batches > 2
     assert furthest(found, Plain(group, config).gradient(batch, NAMES)) < 1e-5
 
 
-def test_two_mini_batches_are_two_steps_of_adamw(group: Group, batch: Batch) -> None:
-    """Each clipped, over its own rollouts. What the optimiser was given and the weights it made, on both ranks alike."""
-    config = group.fresh(BOTH | {"mini_batches": 2}, {"micro_batch_tokens": 150})
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_two_mini_batches_are_two_steps_of_adamw(group: Group, batch: Batch, epochs: int) -> None:
+    """Each clipped, over its own rollouts, and in each epoch. What the optimiser was given and the weights it made, on both ranks
+    alike."""
+    config = group.fresh(BOTH | {"mini_batches": 2, "epochs": epochs}, {"micro_batch_tokens": 150})
     plain, norms, losses = Plain(group, config), [], []
     start = plain.weights()
-    for names in (NAMES[0::2], NAMES[1::2]):
+    for names in [NAMES[0::2], NAMES[1::2]] * epochs:
         losses.append(plain.policy_loss(batch, names))
         plain.gradient(batch, names)
         norms.append(plain.step())
     assert max(norms) > config.learner.clip_gradient
     wanted = plain.weights()
 
-    told = group.learners.step(batch.samples(config), 0)
+    told = group.learners.step(batch.samples(config, group), 0)
     assert told["gradient_norm"] == pytest.approx(np.mean(norms), rel=1e-5)
     assert told["loss"] == pytest.approx(np.mean(losses), rel=1e-4, abs=1e-6)
     assert 0.05 < told["clip_fraction"] < 0.95
@@ -115,7 +121,7 @@ def test_mismatch_is_between_the_engine_and_the_weights_before_the_step(group: G
         for name in NAMES
         for one in batch.trainable(name)
     ])  # fmt: skip
-    told = group.learners.step(batch.samples(config), 0)
+    told = group.learners.step(batch.samples(config, group), 0)
     assert told["mismatch_mean"] == pytest.approx(gaps.mean(), abs=1e-5)
     assert told["mismatch_p99"] == pytest.approx(np.quantile(gaps, 0.99), abs=1e-5)
     assert told["mismatch_max"] == pytest.approx(gaps.max(), abs=1e-5)
@@ -124,7 +130,7 @@ def test_mismatch_is_between_the_engine_and_the_weights_before_the_step(group: G
 def test_current_and_reference_are_measured(group: Group, batch: Batch) -> None:
     """Each masked token's log-probability, at the temperature it was sampled at, by two models that are not the same."""
     config = group.fresh()
-    samples, plain = batch.samples(config), Plain(group, config)
+    samples, plain = batch.samples(config, group), Plain(group, config)
     for what, model in (("current", plain.model), ("reference", plain.reference)):
         for sample, found in zip(samples, group.learners.measure(what, samples), strict=True):
             np.testing.assert_allclose(found[1:], sample_logprobs(model, sample), atol=1e-4)
@@ -155,12 +161,12 @@ def test_the_rate_begins_once_the_critic_has_learnt_alone(group: Group) -> None:
 
 def test_an_update_that_is_not_finite_is_left_out(group: Group, batch: Batch) -> None:
     """And the one behind it is as if there had been none before."""
-    samples = batch.samples(group.fresh({"kl": 0.0}))
+    samples = batch.samples(group.fresh({"kl": 0.0}), group)
     first = group.learners.step(samples, 0)
     after = on_ranks(group.learners, weights)[0]
-    samples = batch.samples(group.fresh({"kl": 0.0}))
+    samples = batch.samples(group.fresh({"kl": 0.0}), group)
     before = on_ranks(group.learners, weights)
-    broken = batch.samples(group.learners.config)
+    broken = batch.samples(group.learners.config, group)
     broken[0].advantages[broken[0].loss_mask] = np.nan
     told = group.learners.step(broken, 0)
     assert told["updates_skipped"] == 1 and told["gradient_norm"] == 0 and "loss" not in told

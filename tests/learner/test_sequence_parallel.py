@@ -30,7 +30,7 @@ def of_shared(shared: Group) -> Batch:
 
 def test_the_gradient_is_that_of_plain_torch(shared: Group, of_shared: Batch) -> None:
     config = shared.fresh(BOTH)
-    samples = of_shared.samples(config)
+    samples = of_shared.samples(config, shared)
     assert len({len(sample) % 2 for sample in samples}) == 2  # some are filled up, some are not
     wanted = Plain(shared, config).gradient(of_shared, NAMES)
     for found in on_ranks(shared.learners, gradient, samples):
@@ -43,7 +43,7 @@ def test_a_step_tells_what_it_was_and_makes_the_same_weights(shared: Group, of_s
     loss = plain.policy_loss(of_shared, NAMES)
     plain.gradient(of_shared, NAMES)
     norm = plain.step()
-    told = shared.learners.step(of_shared.samples(config), 0)
+    told = shared.learners.step(of_shared.samples(config, shared), 0)
     assert told["gradient_norm"] == pytest.approx(norm, rel=1e-5)
     assert told["loss"] == pytest.approx(loss, rel=1e-4, abs=1e-6)
     for found in on_ranks(shared.learners, weights):
@@ -53,7 +53,7 @@ def test_a_step_tells_what_it_was_and_makes_the_same_weights(shared: Group, of_s
 @pytest.mark.parametrize("what", ["current", "reference"])
 def test_what_is_measured(shared: Group, of_shared: Batch, what: str) -> None:
     config = shared.fresh()
-    samples, plain = of_shared.samples(config), Plain(shared, config)
+    samples, plain = of_shared.samples(config, shared), Plain(shared, config)
     model = plain.model if what == "current" else plain.reference
     for sample, found in zip(samples, shared.learners.measure(what, samples), strict=True):
         np.testing.assert_allclose(found[1:], sample_logprobs(model, sample), atol=1e-4)
@@ -61,7 +61,7 @@ def test_what_is_measured(shared: Group, of_shared: Batch, what: str) -> None:
 
 def test_the_critic_too(shared: Group, of_shared: Batch) -> None:
     """Its values of a sequence that two ranks share are those that one rank finds."""
-    samples, found = of_shared.samples(shared.fresh()), []
+    samples, found = of_shared.samples(shared.fresh(), shared), []
     for sample in samples:
         sample.values = np.zeros_like(sample.logprobs)
         sample.returns = sample.loss_mask.astype(np.float32)

@@ -20,7 +20,7 @@ def test_stages_0_2_and_3_give_the_same_weights_after_five_steps(cluster: None, 
         try:
             (before, _), batch = on_ranks(group.learners, weights), make_batch(group.model)
             for step in range(STEPS):
-                assert group.learners.step(batch.samples(group.learners.config), step)["gradient_norm"] > 0
+                assert group.learners.step(batch.samples(group.learners.config, group), step)["gradient_norm"] > 0
             after[stage], other_rank = on_ranks(group.learners, weights)
         finally:
             group.learners.stop()

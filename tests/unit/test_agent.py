@@ -24,6 +24,7 @@ from raygent.callables import (
     AGENT_OFFERS,
     GRADER_OFFERS,
     ModelEndpoint,
+    Verdict,
     arguments,
     awaited,
     is_async,
@@ -154,14 +155,29 @@ def test_verdicts():
         plain({1, 2})
 
 
-def test_emitting_outside_a_run_does_nothing_but_check():
+def test_verdicts_of_single_agents_and_calls():
+    verdict = read_verdict(
+        {"reward": 1, "rows": 2, "agents": {"writer": np.float32(0.5)}, "calls": {0: 0.25, "3": True}}, "the grader"
+    )
+    assert verdict == Verdict(1.0, {"rows": 2.0}, {"writer": 0.5}, {0: 0.25, 3: 1.0})
+    assert read_verdict(json.loads(json.dumps(verdict.to_dict())), "the grader") == verdict
+    assert read_verdict({"reward": 1, "agents": 3, "calls": 2}, "the agent").components == {"agents": 3.0, "calls": 2.0}
+    for call in ("-1", "first", 1.5, True, "9" * 10):
+        with pytest.raises(ValueError, match=r'"calls" the grader gave: .* is no number of a call from 0 on'):
+            read_verdict({"reward": 1, "calls": {call: 1.0}}, "the grader")
+    with pytest.raises(ValueError, match=r"the reward of agent 'writer' the grader gave .*finite"):
+        read_verdict({"reward": 1, "agents": {"writer": float("nan")}}, "the grader")
+    recorder = AttemptRecorder("rollout", 1, "worker")
+    recorder.verdict(verdict)
+    told = [(one.value, one.agent, one.call_sequence, json.loads(one.components)) for one in recorder.rewards]
+    assert told == [(1, "", -1, {"rows": 2}), (0.5, "writer", -1, {}), (0.25, "", 0, {}), (1, "", 3, {})]
+
+
+def test_emitting_outside_a_run_does_nothing():
     raygent.emit_reward(1)
+    raygent.emit_reward(float("nan"))
     with raygent.span("search", query="x") as attributes:
         attributes["hits"] = 3
-    with pytest.raises(ValueError, match="finite"):
-        raygent.emit_reward(float("nan"))
-    with pytest.raises(TypeError, match="not str"):
-        raygent.emit_reward("1")
 
 
 def test_what_a_process_emits_is_read_back_whatever_it_is(tmp_path, monkeypatch):
@@ -206,6 +222,8 @@ def test_emitted_records_of_tasks_threads_and_decorators():
         thread.join()
         with pytest.raises(KeyError):
             tool()
+        with pytest.raises(ValueError, match="finite"):
+            raygent.emit_reward(float("nan"))
 
     asyncio.run(agent())
     assert [reward.value for reward in recorder.rewards] == [0.25, 0.75, 9.0, 5.0]
@@ -220,7 +238,7 @@ def test_emitted_records_of_tasks_threads_and_decorators():
     assert recorder.emitted() == 0.75
     assert recorder.spans[0].kind == "tool" and "gone" in json.loads(recorder.spans[0].attributes)["error"]
     recorder.close()
-    recorder.reward(1.0, {})
+    recorder.verdict(Verdict(1.0))
     assert len(recorder.rewards) == 4
 
 
@@ -532,6 +550,18 @@ def test_a_grader_process_that_cannot_be_started_keeps_no_place(tmp_path, monkey
     with pytest.raises(BlockingIOError):
         asyncio.run(grader.grade("q", "gold", "x"))
     assert grader.started == 0
+
+
+def test_a_grader_process_that_was_killed_while_it_was_idle_is_no_fault_of_the_next_output(tmp_path):
+    (tmp_path / "graders_of_test.py").write_text(GRADERS)
+    grader = Grader(config_of(tmp_path, grader="graders_of_test.py:exact"), 1)
+    for _ in range(2):
+        assert asyncio.run(grader.grade("q", "gold", "gold")).verdict.value == 1.0
+        (idle,) = grader.idle.queue
+        idle.supervised.process.kill()
+        idle.supervised.process.wait()
+    assert grader.started == 1
+    grader.close()
 
 
 def test_quick_graders_share_few_processes(tmp_path):

@@ -1,13 +1,19 @@
 """What a run tells of itself, and what it evaluates when."""
 
+import json
 from contextlib import nullcontext
 
 import pyarrow as pa
 import pytest
 from conversations import call, config, rollout, tables
+from tiny_model import make_tiny_model
+from transformers import AutoTokenizer
 
+from raygent.actors.checkpoint import checkpoint_to_evaluate
 from raygent.algorithms.batch import make_samples
+from raygent.algorithms.prompt_search import Tree
 from raygent.cluster.metrics import RunLog, best_step, choice_metrics, held_out, mismatch, read_lines, seconds_by_part
+from raygent.config import ConfigError
 from raygent.jobs.evaluate import evaluate, summarise, tasks_due
 from raygent.records import Task
 
@@ -85,14 +91,83 @@ def test_a_step_tells_whether_the_curriculum_chose_well():
 class FakeWandb:
     """W&B needs its own process, minutes for nothing here."""
 
+    def __init__(self):
+        self.rows, self.alerts = [], []
+
     def log(self, row):
-        pass
+        self.rows.append(row)
+
+    def alert(self, title, text):
+        self.alerts.append(title)
 
 
 @pytest.fixture
 def log(tmp_path, monkeypatch):
     monkeypatch.setattr(RunLog, "_start_wandb", lambda self: FakeWandb())
-    return RunLog(config(run={"directory": str(tmp_path)}))
+    return RunLog(config(run={"directory": str(tmp_path)}, model={"path": str(make_tiny_model(tmp_path / "model"))}))
+
+
+def test_a_collapse_is_told_once_and_while_it_stands(log, capsys):
+    """Of the first steps and the last, also where the run goes on in another process."""
+    for step in range(30):
+        if step == 20:
+            log.resume(20)
+        log.step(step, {"entropy": 1.0 if step < 15 else 0.01})
+    assert capsys.readouterr().out.count("ALARM entropy was 1 and is ") == 1
+    assert log.wandb.alerts == ["raygent: entropy"]
+    standing = [row["step"] for row in log.wandb.rows if row["alarm/entropy"]]
+    assert standing == list(range(20, 31))  # from the step on that makes five of them
+    assert [row["entropy"] for row in log.ends] == [1.0] * 5 + [0.01] * 5
+
+
+def test_an_evaluation_tells_by_how_much_training_is_ahead(log):
+    for step in range(8):
+        log.step(step, {"reward": 0.25 if step < 3 else 0.75})
+    tasks = ended(1.0, 0.0)
+    log.evaluation(8, tasks, summarise(tasks))
+    assert read_lines(log.evaluations)[0]["gap"] == pytest.approx(0.25)
+    assert log.wandb.rows[-1]["eval/gap"] == pytest.approx(0.25)
+
+
+def test_the_best_and_the_worst_rollouts_of_an_evaluation_are_shown_with_what_was_said(log):
+    rewards = [None, *[n / 20 for n in range(20)], None]
+    rows = [rollout(f"r{n}", f"r{n}", reward) for n, reward in enumerate(rewards)]
+    asked = [{"role": "user", "content": "Say a word."}]
+    made = [call("r20", 0, [5], [6, 7], agent="writer"), call("r20", 1, [5, 6, 7, 8], [9], agent="writer")]
+    made[0].request = json.dumps({"messages": asked})
+    made[1].request = json.dumps({"messages": [*asked, {"role": "assistant", "content": "hm"}]})
+    log.evaluation(0, tables(rows, made), summarise(tables(rows, made)))
+    shown = log.wandb.rows[-1]["eval/rollouts"]
+    told = [row[0] for row in shown.data]
+    assert told == [f"r{n}" for n in (20, 19, 18, 17, 16, 5, 4, 3, 2, 1)]
+    reply = AutoTokenizer.from_pretrained(log.config.model.path).decode([9], skip_special_tokens=True)
+    transcript = shown.data[0][shown.columns.index("transcript")]
+    assert transcript == f"[conversation]\nuser: Say a word.\nassistant: hm\nassistant: {reply}"
+
+
+def test_the_tree_of_prompts_is_told(log):
+    tree = Tree({"writer": "Write."})
+    tree.grow(tree.first, "writer", "Write SQL.", "apo", 0, "It says too little.")
+    log.prompts(tree.rows(tree.first))
+    shown = log.wandb.rows[-1]["prompts"]
+    texts, parents = ([row[shown.columns.index(name)] for row in shown.data] for name in ("text", "parents"))
+    assert texts == ["Write.", "Write SQL."] and parents == ["[]", "[0]"]
+
+
+@pytest.mark.parametrize("chosen", [None, 0, 2, 4, "best", 3])
+def test_the_checkpoint_that_is_evaluated(tmp_path, chosen):
+    settings = config(run={"directory": str(tmp_path)}, evaluate={"checkpoint": chosen})
+    root = settings.run_directory / "checkpoints"
+    for step in (2, 4):
+        (root / f"step-00000{step}").mkdir(parents=True)
+        (root / f"step-00000{step}" / "raygent.json").write_text(json.dumps({"step": step, "version": step}))
+    (root / "best").symlink_to("step-000002")
+    if chosen == 3:
+        with pytest.raises(ConfigError, match=r"evaluate\.checkpoint: .* has no checkpoint 3; it has those of 2, 4"):
+            checkpoint_to_evaluate(settings)
+    else:
+        found = checkpoint_to_evaluate(settings)
+        assert (found and found.step) == {None: 4, 0: None, "best": 2}.get(chosen, chosen)
 
 
 def ended(*rewards: float | None) -> dict:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from conversations import config
+from conversations import config, rollout, tables
 from ray.exceptions import RayError
 
 from raygent.actors import weight_transfer
@@ -49,6 +49,27 @@ def test_without_learners_a_replaced_replica_adopts_what_it_loaded(parts):
     parts.engine = SimpleNamespace(status=lambda: [{"version": 2}, {"version": -1}], adopt=adopted.append)
     parts.heal()
     assert adopted == [2]
+
+
+@pytest.mark.parametrize(("lost", "mode", "ends"), [(3, "train", True), (2, "train", False), (3, "eval", False)])
+def test_an_outage_ends_the_run_with_its_steps_kept(parts, monkeypatch, lost, mode, ends):
+    """Rather than use up step after step without a rollout to learn from."""
+    rows = [rollout(str(n), "g", 1.0, "lost" if n < lost else "succeeded") for n in range(4)]
+    saved, asked = [], []
+    parts.step, parts.learners, parts.checkpoint = 7, SimpleNamespace(), lambda: saved.append(parts.step)
+    monkeypatch.setattr(ray, "get", lambda ref: ref)
+
+    def take(*what):
+        asked.append(what)
+        return tables(rows, [])
+
+    parts.store = SimpleNamespace(wait=SimpleNamespace(remote=lambda *_: 0), take=SimpleNamespace(remote=take))
+    if ends:
+        with pytest.raises(ConfigError, match=r"infrastructure lost 3 of the 4 rollouts of step 8, each 3 times"):
+            parts.collect(7, mode)
+    else:
+        assert len(parts.collect(7, mode)["rollouts"]) == 4
+    assert saved == [7] * ends and asked == [(7, mode, False, mode == "eval")]
 
 
 def test_a_push_by_gloo_without_its_receiver_is_the_engines_failing(monkeypatch):
@@ -232,7 +253,7 @@ def test_learners_that_die_as_they_start_are_started_once_more(parts, monkeypatc
             raise left.pop()
 
     started: list[None] = []
-    parts.learners, parts.critic = SimpleNamespace(restart=restart), None
+    parts.learners, parts.critic, parts.reference = SimpleNamespace(restart=restart), None, None
     parts.store = SimpleNamespace(rewind=SimpleNamespace(remote=lambda step: step))
     monkeypatch.setattr(ray, "get", lambda ref: ref)
     monkeypatch.setattr(parts, "push", lambda: pushed.append(parts.step))

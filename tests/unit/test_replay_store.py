@@ -684,6 +684,19 @@ async def test_one_process_has_the_store(tmp_path, monkeypatch):
     await open_store(tmp_path).close()
 
 
+async def test_what_was_said_is_left_out_where_nobody_reads_it(tmp_path):
+    """Of calls that are held and of those in Parquet."""
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0), rollout(1)])
+    for lease in await store.lease("w", 2):
+        await run_attempt(store, lease, made=2)
+        await store.roll()
+    whole, short = [(await store.take(0, "train", texts=texts))["calls"] for texts in (True, False)]
+    assert set(whole.column_names) - set(short.column_names) == {"request", "response", "sampling"}
+    assert len(short) == 4 and short.equals(whole.select(short.column_names))
+    await store.close()
+
+
 async def test_what_upstreams_have_cost(tmp_path):
     """Of all attempts: won, lost, still running, and rewound."""
     store = open_store(tmp_path)

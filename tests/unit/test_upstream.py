@@ -16,14 +16,14 @@ from vendor import CHAT, CHAT_STREAM, COUNTED, USAGE, serving, sse
 from raygent.actors.agent_runner import Ended
 from raygent.actors.capture import CallRecorder, NotRecorded
 from raygent.actors.gateway import Gateway, mint_key
-from raygent.actors.rollout_worker import UpstreamLost, check_engine
+from raygent.actors.rollout_worker import EngineLost, UpstreamLost, check_engine
 from raygent.actors.subprocess_agent import agent_environment
 from raygent.actors.upstream import UpstreamProxy
 from raygent.callables import ModelEndpoint
 from raygent.cluster.parts import Parts
 from raygent.cluster.spending import Spending
+from raygent.cluster.transcripts import reply_of
 from raygent.config import ConfigError
-from raygent.jobs.try_agent import reply_of
 from raygent.records import CALLS, to_batch
 
 SECRET = "secret"
@@ -663,6 +663,11 @@ def test_what_try_shows_of_a_reply(body, said):
     assert reply_of(body) == said
 
 
+def closed_by(**told):
+    """What a replica tells of an attempt of one call."""
+    return {"calls": 1, "failed": False, "errored": False, "upstream_failed": "", "upstream_waited": ""} | told
+
+
 @pytest.mark.parametrize(
     ("how", "failed", "waited", "lost"),
     [
@@ -676,13 +681,22 @@ def test_what_try_shows_of_a_reply(body, said):
     ],
 )
 def test_an_attempt_that_an_upstream_failed(how, failed, waited, lost):
-    closed = {"e": {"calls": 1, "failed": bool(failed), "upstream_failed": failed, "upstream_waited": waited}}
+    closed = {"e": closed_by(failed=bool(failed), upstream_failed=failed, upstream_waited=waited)}
     ended = Ended(how, error="" if how == "returned" else "why", exception=None)
     endpoint = ModelEndpoint("http://e/v1", "key")
     if not lost:
         return check_engine(ended, "e", closed, endpoint)
     with pytest.raises(UpstreamLost, match=failed or waited):
         check_engine(ended, "e", closed, endpoint)
+
+
+@pytest.mark.parametrize("how", ["returned", "raised"])
+def test_an_attempt_whose_vllm_died_is_the_engines_whatever_the_agent_made_of_it(how):
+    closed = {"e": closed_by(), "other": closed_by(errored=True)}
+    ended, endpoint = Ended(how, error="" if how == "returned" else "why"), ModelEndpoint("http://e/v1", "key")
+    check_engine(ended, "e", closed, endpoint)  # that of another replica is none of its business
+    with pytest.raises(EngineLost, match="vLLM died in engine replica other"):
+        check_engine(ended, "other", closed, endpoint)
 
 
 @pytest.mark.parametrize(
@@ -695,7 +709,7 @@ def test_an_attempt_that_an_upstream_failed(how, failed, waited, lost):
     ],
 )
 def test_an_agent_that_raises_since_a_call_took_too_long_while_it_waited_for_an_upstream(error, lost):
-    closed = {"e": {"calls": 1, "failed": False, "upstream_failed": "", "upstream_waited": "its turn"}}
+    closed = {"e": closed_by(upstream_waited="its turn")}
     try:
         raise RuntimeError("no judgement") from error
     except RuntimeError as raised:
