@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any, Literal
 
 from raygent import prompts
+from raygent.actors import own_traces
 from raygent.actors.subprocess_agent import (
     KEPT_BYTES,
     CommandEnd,
@@ -152,6 +153,7 @@ class AgentRunner:
 
     async def run(self, task_input: Any, endpoint: ModelEndpoint, recorder: AttemptRecorder) -> Ended:
         """Run the agent to its end or its time limit. Cancelled, it stops the agent."""
+        own_traces.follow()
         if self.agent is None:
             ended = await self._in_process(task_input, endpoint, recorder)
         else:

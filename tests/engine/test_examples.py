@@ -50,6 +50,7 @@ class Example:
 
 HANDED_OFF = ["triage", "sql", "sql", "sql"]
 ALL = [
+    Example("train", ["policy"] * 2, files=["agent.py", "database.py"]),
     Example("openai_agents", HANDED_OFF, files=["openai_agents.py"]),
     Example("responses", HANDED_OFF, "openai_agents", "openai_agents.py:answer_by_responses", ["openai_agents.py"]),
     Example("mcp", HANDED_OFF, files=["openai_agents.py", "sql_server.py"]),
@@ -122,7 +123,10 @@ async def run(module: Callable[[str], ModuleType], agent: dict[str, Any], task: 
         assert process.returncode == 0
         return told.decode().splitlines()[-1]
     name, function = agent["run"].split(".py:")
-    return await getattr(module(name), function)(task["input"], at)
+    found = module(name)
+    if hasattr(found, "client"):  # one for all calls, which belongs to the loop that it was used in
+        importlib.reload(found)
+    return await getattr(found, function)(task["input"], at)
 
 
 @examples
@@ -153,9 +157,9 @@ async def tool_model(module, tasks, tmp_path_factory: pytest.TempPathFactory) ->
     talks = []
     for agent, _ in tools.RECORDED:
         talks += await tools.record(tasks, [(agent, len(tasks))])
-    crew = next(example for example in ALL if example.name == "crew").agent
     with module("oracle").oracle_of(tasks) as oracle:
-        await asyncio.gather(*(run(module, crew, task, vendor(oracle, task)) for task in tasks))
+        for example in (example for example in ALL if example.name in ("train", "crew")):
+            await asyncio.gather(*(run(module, example.agent, task, vendor(oracle, task)) for task in tasks))
     in_text = [call | {"messages": [*call["messages"], call["reply"]]} for call in oracle.seen]
     tokenizer = tools.make_tokenizer(talks + in_text)
     tokenizer.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """Exact continuation against the real engine: a LangGraph agent whose tool calls the template writes otherwise than the model."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,15 @@ def graph(attempt: Attempt) -> Any:
     return builder.compile()
 
 
+def rendered(tokenizer: Any, request: dict[str, Any]) -> list[int]:
+    """The prompt without continuation: what the chat template makes of the messages."""
+    messages = request["messages"]
+    for one in (one for message in messages for one in message.get("tool_calls") or []):
+        one["function"]["arguments"] = json.loads(one["function"]["arguments"])  # as vLLM hands it to templates
+    text = tokenizer.apply_chat_template(messages, tools=request["tools"], tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 def test_langgraph_extends_every_call(engine: EngineHandle, store: Any, model: Path) -> None:
     attempt = Attempt(engine, store, "train", 600.0)
     agent, messages = graph(attempt), []
@@ -88,9 +98,13 @@ def test_langgraph_extends_every_call(engine: EngineHandle, store: Any, model: P
     for call in calls:
         assert call["own_tokens"] in (0, len(before))
         before = call["prompt_token_ids"] + call["response_token_ids"]
-    rendered_alike = sum(call["own_tokens"] == 0 for call in calls[1:])
-    print(f"of {len(calls) - 1} calls all extend the one before; rendered by the template {rendered_alike} would")
-    assert rendered_alike == 0  # each begins with a tool call that the template writes otherwise
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = [rendered(tokenizer, json.loads(call["request"])) for call in calls]
+    assert prompts[0] == calls[0]["prompt_token_ids"]
+    ran = [prompt + call["response_token_ids"] for prompt, call in zip(prompts, calls, strict=True)]
+    alike = sum(after[: len(one)] == one for one, after in zip(ran, prompts[1:], strict=False))
+    print(f"of {len(ran) - 1} calls all extend the one before; rendered by the template {alike} would")
+    assert alike < len(ran) - 1  # the template writes tool calls otherwise
 
 
 def test_an_edited_conversation_is_a_branch(engine: EngineHandle, store: Any, model: Path) -> None:

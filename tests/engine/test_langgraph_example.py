@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib
+import json
 import sqlite3
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,14 @@ from typing import Any
 
 import pytest
 from conversations import config, rollout, tables
+from openinference.instrumentation.langchain import LangChainInstrumentor
+from opentelemetry import trace
+from opentelemetry.sdk.trace import TracerProvider
 from vendor import CHAT, serving
 
+from raygent.actors.agent_runner import AgentRunner, AttemptRecorder
 from raygent.algorithms.batch import make_samples
+from raygent.callables import ModelEndpoint
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "sql"
 MODULES = ("database", "agent", "langgraph_agent")
@@ -74,3 +80,36 @@ def test_the_agents_that_are_named_are_trained(example, task, attempt, train) ->
     sampled = sum(len(call["response_token_ids"]) for call in calls if call["agent"] in train)
     assert metrics["tokens_trained"] == sum(int(sample.loss_mask.sum()) for sample in samples) == sampled
     assert metrics["tokens_sampled"] == sum(len(call["response_token_ids"]) for call in calls)
+
+
+@pytest.fixture
+def instrumented() -> Iterator[None]:
+    """As OpenInference's documentation has it, but without an exporter."""
+    trace.set_tracer_provider(TracerProvider())
+    LangChainInstrumentor().instrument()
+    yield
+    LangChainInstrumentor().uninstrument()
+
+
+async def test_an_instrumented_graph_shows_its_nodes_in_the_spans_of_its_own_attempt(
+    example, task, instrumented
+) -> None:
+    """Two attempts at once, in one process and under one tracer provider."""
+    settings = config(agent={"run": "langgraph_agent.py:answer"})
+    settings.path = str(EXAMPLE / "run.toml")
+    runner, questions = AgentRunner(settings), ["which items ?", "which pens ?"]
+    recorders = [AttemptRecorder(question, 1, "worker") for question in questions]
+    with serving() as vendor:
+        vendor.answers = [reply]
+        model = ModelEndpoint(vendor.base_url, "sk")
+        await asyncio.gather(
+            *(
+                runner.run(task | {"question": question}, model, recorder)
+                for question, recorder in zip(questions, recorders, strict=True)
+            )
+        )
+    for question, recorder, other in zip(questions, recorders, reversed(questions), strict=True):
+        spans = {span.name: json.loads(span.attributes) for span in recorder.spans if span.kind == "otlp"}
+        assert spans.keys() >= {"LangGraph", "write", "check", "execute", "rewrite", "ChatOpenAI"}
+        assert spans["write"]["otlp.trace_id"] == spans["LangGraph"]["otlp.trace_id"]
+        assert question in json.dumps(spans) and other not in json.dumps(spans)

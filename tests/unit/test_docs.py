@@ -1,13 +1,19 @@
 """The pages on frameworks say what stands in the examples, and what the documentation links to is there."""
 
 import re
+import shlex
+import shutil
+import tempfile
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from raygent.algorithms.episodes import Episodes
 from raygent.algorithms.named import NAMES, algorithm
+from raygent.config import Algorithm, load
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "sql"
@@ -54,6 +60,59 @@ def test_the_table_of_algorithms_has_each_with_its_defaults():
 def test_each_example_has_a_page():
     told = {file.name for page in PAGES for file, _ in snippets(page, "toml")}
     assert told == {file.name for file in EXAMPLE.glob("*.toml") if not file.match("*qwen.toml")} - {"prompts.toml"}
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words behind `uv run raygent` in the lines of commands, a line that ends with a backslash and the next being one."""
+    lines = text.replace("\\\n", "").splitlines()
+    told = (line.partition("uv run raygent ")[2] for line in lines if line.startswith("    uv run raygent "))
+    return [shlex.split(line, comments=True) for line in told]
+
+
+COMMANDS = [
+    *(pytest.param([file.name], id=file.name) for file in sorted(EXAMPLE.glob("*.toml"))),
+    *(
+        pytest.param([Path(toml).name, *overrides], id=f"{page.stem}: {what} {toml}")
+        for page in PAGES
+        for what, toml, *overrides in commands(page.read_text())
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example with a task in the place of each file of tasks."""
+    folder = tmp_path_factory.mktemp("example") / "sql"
+    made = ("data", "*model", "runs", "node_modules", "__pycache__")
+    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns(*made))
+    for name in ("model", "tool_model", "crew_model"):
+        (folder / name).mkdir()
+    for name in ("train", "test", "test_half", "validation", "spider/train", "spider/test", "prompted/train"):
+        file = folder / "data" / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text('{"id": "1", "input": {}}\n')
+    return folder
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_config_and_the_overrides_of_a_command_are_sound(example: Path, words: list[str]) -> None:
+    toml, *overrides = words
+    load(example / toml, overrides)
+
+
+def test_the_algorithm_that_is_shown_is_one():
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "algorithms.md").read_text(), re.M | re.S)
+    (text,) = (block for block in blocks if "def advantages(" in block)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "mine.py").write_text(text)
+        mine = algorithm("mine.py", Path(folder))
+    rewards = np.array([[np.nan, 1.0], [np.nan, 0.0], [0.5, np.nan]])
+    mask = np.array([[True, True], [True, True], [True, False]])
+    turns = np.where(mask, 0, -1).astype(np.int32)
+    groups = np.array(["a", "a", "a"], object)
+    made = Episodes(rewards, mask, turns, groups, np.full(3, np.nan), np.zeros(mask.shape, np.float32))
+    found = mine.advantages(made, Algorithm())
+    assert found.shape == mask.shape and np.isfinite(found[mask]).all() and found[0, 0] > found[1, 0]
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: str(text.relative_to(ROOT)))

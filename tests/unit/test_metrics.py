@@ -189,6 +189,30 @@ def test_an_evaluation_counts_what_it_has(log):
     assert (row["reward"], list(row["by_task"].values())) == (0.5, [1.0, 0.0])
 
 
+def test_branches_and_continued_calls_are_counted_by_agent():
+    """A branch of the judge's, which is not trained, is its own; of the trained writer two of three later calls go on."""
+    made = [
+        call("a0", 0, [1], [2], agent="writer"),
+        call("a0", 1, [1, 2, 3], [4], agent="writer"),
+        call("a0", 2, [9], [4], agent="writer"),
+        call("a0", 3, [1], [5], agent="judge"),
+        call("a0", 4, [7], [5], agent="judge"),
+        call("a1", 0, [1], [2], agent="writer"),
+        call("a1", 1, [1, 2, 3], [4], agent="writer"),
+    ]
+    made[1].own_tokens, made[6].own_tokens = 2, 0
+    settings = config(agent={"run": "agent:run", "train": ["writer"]})
+    rollouts = [rollout("a0", "a", 1.0), rollout("a1", "a", 0.0)]
+    _, metrics = make_samples(tables(rollouts, made), settings)
+    told = {name: value for name, value in metrics.items() if name.startswith("agents/")}
+    assert told == {
+        "agents/writer/calls": 5, "agents/writer/branches": 1, "agents/writer/continued": 1,
+        "agents/judge/calls": 2, "agents/judge/branches": 1, "agents/judge/continued": 0,
+    }  # fmt: skip
+    assert metrics["branches"] == 1 and metrics["continued"] == 1  # of what is trained
+    assert metrics["branch_rate"] == pytest.approx(1 / 3)
+
+
 def test_a_run_that_goes_on_past_its_end_keeps_the_evaluation_of_all_tasks(log):
     for tasks in (ended(1.0, 0.0, 1.0), ended(1.0, 0.0)):
         log.evaluation(50, tasks, summarise(tasks))
