@@ -4,7 +4,7 @@
 
 Of the finished `raygent train` with these arguments (full weights) it takes calls that the engine answered greedily with the
 weights of the newest checkpoint, those of the last evaluation, asks `vllm serve` on that checkpoint for as many tokens behind the
-same prompts' tokens, and compares them. A reply's end is one of its tokens. Calls with tools are left out: vLLM samples those with a strict schema under a grammar.
+same prompts' tokens, and compares them; benchmarks/results/exported.json has the count. A reply's end is one of its tokens. Calls with tools are left out: vLLM samples those with a strict schema under a grammar.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import httpx
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 from gateway_cost import vllm_serve
+from whole_runs import RESULTS, save
 
 from raygent.actors.checkpoint import latest_checkpoint
 from raygent.config import POLICY, load
@@ -71,6 +72,8 @@ def main() -> None:
     print(
         f"{checkpoint.path.name}: {same} of {len(calls)} greedy replies ({tokens} tokens) are the same under vllm serve"
     )
+    told = {"run": config.run.name, "step": checkpoint.step, "replies": len(calls), "tokens": tokens, "same": same}
+    save(RESULTS / "exported.json", told)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
     uv run python benchmarks/gateway_fuzz.py [REQUESTS] [SEED] [--save]
 
 The fuzzer is an agent like any other: it knows its base_url and key, and those of an attempt that has ended. Prints the
-answers by kind and status, and the replica's resident memory after a first fifth and at the end. Exit code 1 where an answer
-is a 5xx, an error is not in the vendor's shape, or the engine does not serve a right request afterwards.
+answers by kind and status, and the replica's resident memory after each fifth. Exit code 1 where an answer is a 5xx, an error is
+not in the vendor's shape, the engine does not serve a right request afterwards, or its memory grew by more than MOST_GROWTH_MIB
+behind the first fifth (10 KiB a request).
 Needs examples/sql/model (`python examples/sql/prepare.py`). --save puts what was answered into
 benchmarks/results/gateway_fuzz.json.
 """
@@ -16,13 +17,17 @@ import json
 import random
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from raygent.actors.gateway import MAX_BODY_BYTES, mint_key
+
 PARALLEL = 16
+MOST_GROWTH_MIB = 80.0
 RESULTS = Path(__file__).resolve().parent / "results" / "gateway_fuzz.json"
 APIS = {
     "/chat/completions": {"model": "policy", "max_tokens": 2, "messages": [{"role": "user", "content": "how many ?"}]},
@@ -51,7 +56,8 @@ VALUES = (
 
 REWARD = ("value", "name", "agent", "components", "call", "other")
 KINDS = {
-    "json": 2, "bytes": 1, "type": 4, "value": 2, "key": 1, "ended": 1, "path": 1, "huge": 1, "model": 1, "reward": 1
+    "json": 2, "bytes": 1, "type": 4, "value": 2, "key": 1, "ended": 1, "path": 1, "huge": 1, "model": 1, "reward": 1,
+    "over": 0.02,
 }  # and how often  # fmt: skip
 
 
@@ -71,7 +77,10 @@ def request(chance: random.Random, base_url: str, key: str, ended: str) -> tuple
             body[chance.choice([*right, *OPTIONS] if kind == "value" else OPTIONS)] = chance.choice(VALUES)
         text = json.dumps(chance.choice(VALUES) if chance.random() < 0.1 else body)
     elif kind == "key":
-        forged = chance.choice(["", "rg-", "rg-AAAA.BBBB", key[:-1], key[:-2] + "AA", key + "A", "sk-" + "x" * 40, "ü"])
+        foreign = mint_key("another run's secret", "rollout", 1, "train", time.time() + 1e6)
+        forged = chance.choice(
+            ["", "rg-", "rg-AAAA.BBBB", key[:-1], key[:-2] + "AA", key + "A", "sk-" + "x" * 40, "ü", foreign]
+        )
         headers = {"x-api-key": forged} if forged.isascii() else {}
         url = root + "/v1" + path if chance.random() < 0.5 else f"{root}/a/{forged or '%00'}/v1{path}"
     elif kind == "ended":
@@ -84,6 +93,8 @@ def request(chance: random.Random, base_url: str, key: str, ended: str) -> tuple
         text = json.dumps(
             body | {chance.choice(["messages", "prompt", "input"]): "how " * chance.choice([5_000, 50_000, 200_000])}
         )
+    elif kind == "over":
+        return kind, url, headers, b" " * (MAX_BODY_BYTES + 1)
     elif kind == "reward":
         reward = {"value": 0.5, "name": "odd"} | {chance.choice(REWARD): chance.choice(VALUES) for _ in range(2)}
         return kind, base_url + "/rewards", headers, json.dumps(reward).encode("utf-8", "replace")
@@ -179,7 +190,7 @@ def main(requests: int, seed: int, save: bool) -> int:
                     "key": str(folder / "key"),
                     "out": str(out),
                 }
-                parts.ask([Rollout(f"fuzz-{number}", "1", str(number), "train", number, 0, task, None, 0)])
+                parts.queue([Rollout(f"fuzz-{number}", "1", str(number), "train", number, 0, task, None, 0)])
                 table = parts.collect(number, "train")["rollouts"].to_pylist()
                 whole = [replica, *replica.children(recursive=True)]
                 told.append(sum(process.memory_info().rss for process in whole) / 2**20)
@@ -196,7 +207,7 @@ def main(requests: int, seed: int, save: bool) -> int:
     if save:
         figures = {"requests": sum(answers.values()), "faults": faults, "engine_mib": told, "answers": answers}
         RESULTS.write_text(json.dumps(figures, indent=1, sort_keys=True) + "\n")
-    return 1 if faults or len(rows) < rounds else 0
+    return 1 if faults or len(rows) < rounds or told[-1] - told[0] > MOST_GROWTH_MIB else 0
 
 
 if __name__ == "__main__":

@@ -619,6 +619,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "stale": ({"loss": "gpg", "staleness": 1}, r"algorithm\.staleness: the loss gpg has no ratio"),
     "opo_by_verl": ({"advantage": "opo", "staleness": 1}, r"algorithm\.staleness: the baseline of opo"),
     "opo": ({"name": "opo", "mini_batches": 4}, r"algorithm\.mini_batches: the baseline of opo"),
+    "opo again": ({"name": "opo", "epochs": 2}, r"algorithm\.epochs: the baseline of opo"),
+    "gpg again": ({"name": "gpg", "epochs": 2}, r"algorithm\.epochs: the loss gpg has no ratio"),
+    "dpo again": ({"name": "dpo", "epochs": 2}, r"algorithm\.epochs: 2 is not sound for dpo"),
     "kl of turns": ({"kl": 0.1, "kl_in": "reward", "credit": "turn"}, r'algorithm\.kl_in: credit = "turn"'),
     "kl of sft": ({"name": "sft", "kl": 0.1, "kl_in": "reward"}, r"algorithm\.kl_in: sft is not made of rewards alone"),
 }  # fmt: skip

@@ -615,6 +615,37 @@ def test_the_memory_of_each_zero_stage(project):
     assert sizes == {0: 16, 1: 7, 2: 5.5, 3: 4}
 
 
+REFERENCES = {  # of [algorithm], [learner], [reference]: whether the learners keep a model, and ranks of one in its own place
+    "none": ("", "", "ranks = 1", False, None),
+    "kl": ("kl = 0.1", "", "", True, None),
+    "kl in the reward": ('kl = 0.1\nkl_in = "reward"', "", "", True, None),
+    "its own place": ("kl = 0.1", "", "ranks = 1", False, 1),
+    "its own place, as the learner's": ("kl = 0.1", "", "gpus = 0.0", False, 2),
+    "the model without its adapters": ("kl = 0.1", "lora = {}", "", False, None),
+    "adapters, and its own place": ("kl = 0.1", "lora = {}", "ranks = 1", False, 1),
+    "a teacher": ('name = "distill"\nteacher = "model"', "lora = {}", "", True, None),
+    "a teacher in its own place": ('name = "distill"\nteacher = "model"', "", "ranks = 1", False, 1),
+    "a teacher that is served": ('name = "distill"\nteacher = "http://x/v1"', "", "ranks = 1", False, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFERENCES)
+def test_who_keeps_what_is_compared_with(project, case):
+    algorithm, learner, reference, kept, ranks = REFERENCES[case]
+    (project / "train.toml").write_text(toml(algorithm=algorithm, learner=learner, reference=reference))
+    config = load(project / "train.toml")
+    assert config.with_reference == kept
+    apart = config.of_reference
+    assert (apart and apart.learner.ranks) == ranks
+    assert list(config.learners) == ["learner", *["reference"] * (ranks is not None)]
+    if apart:
+        assert apart.with_reference and apart.learner.lora is None and apart.of_reference is None
+    memory = memory_estimate(config)
+    assert ("reference_rank" in memory) == bool(apart)
+    (project / "again.toml").write_text(config.to_toml())
+    assert load(project / "again.toml").learners == config.learners
+
+
 def test_a_resolved_config_loads_as_itself(project):
     config = load(project / "train.toml", ["engine.max_num_seqs=3", "learner.betas=[0.8, 0.9]", "run.name=a.b-c"])
     (project / "again.toml").write_text(config.to_toml())
