@@ -22,6 +22,12 @@ from raygent.callables import ModelEndpoint
 from raygent.config import Config
 from raygent.jobs.check import _check_command
 
+NODE_AGENT = """#!/usr/bin/env node
+const { spawn } = require("node:child_process");
+spawn("sleep", ["7353"], { detached: true, stdio: "ignore" }).unref();
+if (process.env.RAYGENT_TASK === '"hangs"') setInterval(() => {}, 1000);
+else console.log(process.env.OPENAI_BASE_URL);
+"""
 ENDPOINT = ModelEndpoint("http://127.0.0.1:1/app/a/rg-key.sig/v1", "rg-key.sig")
 
 
@@ -63,6 +69,24 @@ def test_what_a_command_finds(tmp_path, monkeypatch):
     assert not [name for name in found if name.startswith("RAY_")]
     span = recorder.spans[0]
     assert span.kind == "stdout" and json.loads(span.attributes)["stdout"].startswith("thinking\n")
+
+
+@pytest.mark.skipif(shutil.which("npx") is None, reason="npx is not installed; it comes with Node")
+@pytest.mark.parametrize(("task", "timeout_s"), [("answers", 120.0), ("hangs", 8.0)])
+def test_a_package_by_npx_is_one_more_command(tmp_path, processes_of, task, timeout_s):
+    """npx is a process, the package's program another, which may start more: all of them are gone at the end."""
+    package, bin_folder = tmp_path / "node_modules" / "some-agent", tmp_path / "node_modules" / ".bin"
+    for folder in (package, bin_folder):
+        folder.mkdir(parents=True)
+    (tmp_path / "package.json").write_text('{"name": "own", "version": "1.0.0"}')
+    (package / "package.json").write_text('{"name": "some-agent", "version": "1.0.0", "bin": "agent.js"}')
+    (package / "agent.js").write_text(NODE_AGENT)
+    (package / "agent.js").chmod(0o755)
+    (bin_folder / "some-agent").symlink_to("../some-agent/agent.js")
+    config = config_of(tmp_path, timeout_s=timeout_s, command=["npx", "--no-install", "some-agent"])
+    ended, _ = run(config, task)
+    assert (ended.how, ended.value) == (("returned", ENDPOINT.base_url) if task == "answers" else ("timeout", None))
+    assert processes_of("sleep 7353") == []
 
 
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="this kernel has no autogroups")
