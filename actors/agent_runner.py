@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 from raygent import prompts
 from raygent.actors import own_traces
+from raygent.actors.otlp import MOST_SPANS
 from raygent.actors.subprocess_agent import (
     KEPT_BYTES,
     CommandEnd,
@@ -80,7 +81,7 @@ class AttemptRecorder:
             if table == "rewards":
                 fields = fields | {"components": to_json(fields["components"])}
                 self.rewards.append(Reward(*self.of, len(self.rewards), **fields))
-            else:
+            elif fields["kind"] != "otlp" or len(self.spans) < MOST_SPANS:
                 fields = fields | {"attributes": to_json(fields["attributes"])}
                 self.spans.append(Span(*self.of, len(self.spans), **fields))
 

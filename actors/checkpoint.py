@@ -47,9 +47,12 @@ def latest_checkpoint(run_directory: Path) -> Checkpoint | None:
 
 def checkpoint_to_evaluate(config: Config) -> Checkpoint | None:
     """The one that `evaluate.checkpoint` names; None: the first weights. Raises ConfigError where it is not there."""
-    chosen, found = config.evaluate.checkpoint, _checkpoints(config.run_directory)
-    if chosen is None or chosen == 0:
-        return None if chosen == 0 else latest_checkpoint(config.run_directory)
+    chosen = config.evaluate.checkpoint
+    if chosen == 0:
+        return None
+    if chosen is None:
+        return latest_checkpoint(config.run_directory)
+    found = _checkpoints(config.run_directory)
     best = (config.run_directory / "checkpoints" / BEST).resolve()
     for checkpoint in found:
         if checkpoint.step == chosen or (chosen == BEST and checkpoint.path.resolve() == best):

@@ -1,6 +1,6 @@
 """The learners: a DeepSpeed group, one Ray actor a rank, and the driver's end of it, LearnerGroup.
 
-A rank owns its shard of the weights and of the optimiser. It may be asked: `step`, `logprobs`, `push`, `save`.
+A rank owns its shard of the weights and of the optimiser. It may be asked: `step`, `measure`, `push`, `save`.
 Gradients: with a batch's weights summing to 1, the loss is a sum over tokens, micro-batches and ranks. DeepSpeed divides
 by the gradient-accumulation steps, which is off here, and takes the mean over ranks, which `backward` makes up for.
 """
@@ -123,7 +123,7 @@ class Learner:
 
         reference = self._load(self.config.algorithm.teacher or self.config.model.path).eval().requires_grad_(False)
         if self.config.learner.zero_stage == 3:
-            return deepspeed.initialize(model=reference, config=self._deepspeed_config())[0].eval()
+            return deepspeed.initialize(model=reference, config=self._deepspeed_config())[0]
         torch.nn.Module.to(reference, self.device)
         return reference
 
@@ -191,7 +191,7 @@ class Learner:
             "gradient_norm": float(np.mean(applied)) if applied else 0.0,
             "updates_skipped": float(len(norms) - len(applied)),
             "learning_rate": rate,
-            "learn_tokens_per_s": float(sum(len(sample) for sample in samples)) / (time.monotonic() - started),
+            "learn_tokens_per_s": float(sum(map(len, samples))) * algorithm.epochs / (time.monotonic() - started),
         }
         return metrics
 
@@ -336,7 +336,9 @@ class Learner:
         if self.reference is not None:
             return self._token_logprobs(self.reference, batch)[0]
         with self.engine.module.disable_adapter():
-            return self._token_logprobs(self.engine, batch)[0]
+            found = self._token_logprobs(self.engine, batch)[0]
+        self._use(self.config.adapters[0])  # peft has frozen all others
+        return found
 
     def _learning_rate(self, step: int) -> float:
         settings, steps = self.config.learner, max(self.config.run.steps - self.first_step, 1)
@@ -457,10 +459,8 @@ class LearnerGroup:
         need: dict[str, float] = {"CPU": 1, "GPU": settings.gpus} if settings.gpus else {"CPU": 1}
         self.group = placement_group([need] * settings.ranks, strategy="PACK")
         _wait_for(self.group, need, settings.ranks)
-        teacher = (
-            [self.config.algorithm.teacher] if self.config.with_reference and self.config.algorithm.teacher else []
-        )
-        environment = NO_TELEMETRY | offline(self.config.model.path, *teacher)
+        teacher = self.config.algorithm.teacher if self.config.with_reference else None
+        environment = NO_TELEMETRY | offline(*filter(None, [self.config.model.path, teacher]))
         environment |= {"OMP_NUM_THREADS": str(settings.threads)}
         self.ranks = [
             ray.remote(self.kind)

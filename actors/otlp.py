@@ -20,7 +20,7 @@ from raygent.actors.nesting import MOST_NESTED, nested_over
 
 PROTOBUF = "application/x-protobuf"
 MAX_BYTES = 16 << 20  # of a request, unzipped
-MOST_SPANS = 10_000  # of a request: an empty one has two bytes there, and hundreds as a record
+MOST_SPANS = 10_000  # of a request, and of an attempt: an empty one has two bytes there, and hundreds as a record
 NANO = 1e9
 IDS = {"otlp.trace_id": "traceId", "otlp.span_id": "spanId", "otlp.parent_span_id": "parentSpanId"}
 

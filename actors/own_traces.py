@@ -6,12 +6,14 @@ tell whose they are.
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any
 
 from raygent.actors.otlp import PROTOBUF, spans_of
 from raygent.emit import Sink, sink
 
+logger = logging.getLogger("raygent")
 followed: list[Any] = []  # tracer providers
 
 
@@ -44,8 +46,13 @@ def _to_attempts() -> Any:
                 self.begun[span.context.trace_id, span.context.span_id] = here
 
         def on_end(self, span: Any) -> None:
-            if there := self.begun.pop((span.context.trace_id, span.context.span_id), None):
+            there = self.begun.pop((span.context.trace_id, span.context.span_id), None)
+            if there is None:
+                return
+            try:
                 for told in spans_of(encode_spans([span]).SerializeToString(), PROTOBUF):
                     there("spans", told)
+            except ValueError as error:  # half a surrogate pair, say: no reason for the agent to end by
+                logger.warning("a span of the agent's is left out: %s", error)
 
     return ToAttempts()

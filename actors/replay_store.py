@@ -65,9 +65,7 @@ from raygent.records import (
 logger = logging.getLogger("raygent")
 
 SEGMENT_BYTES = 128 << 20  # a segment that has grown so large is rolled by itself
-LOCK_WAIT_S = (
-    180.0  # for a killed predecessor's lock: NFS keeps that of a node that is gone for a lease, of 90 s by default
-)
+LOCK_WAIT_S = 10.0  # for a killed predecessor's lock
 LATE_HEARTBEATS_S = 0.1  # heartbeats that wait behind a stall of ours are heard before a lease is called lost
 CANCELLED = "cancelled"  # outcome of a rollout nobody wants any more, and of an attempt that lost its rollout so
 REWOUND = "rewound"  # outcome of a rollout whose step is to be done again: its id may be added again

@@ -66,18 +66,20 @@ class Draft:
         """Hand the entry's advantages, what its critic has to learn, and what the loss compares with, to the samples."""
         entry = self.entry
         for sample, tokens in zip(self.samples, self.tokens, strict=True):
-
-            def spread(values: np.ndarray, sample: Sample = sample, tokens: np.ndarray = tokens) -> np.ndarray:
-                whole = np.zeros(len(sample), np.float32)
-                whole[sample.loss_mask] = values[tokens]
-                return whole
-
             if entry.advantages is not None:
-                sample.advantages = spread(entry.advantages)
+                sample.advantages = _on_masked(sample, entry.advantages[tokens])
             if entry.returns is not None:
-                sample.values, sample.returns = spread(entry.measured["values"]), spread(entry.returns)
+                sample.values = _on_masked(sample, entry.measured["values"][tokens])
+                sample.returns = _on_masked(sample, entry.returns[tokens])
             if kl_in_loss:
-                sample.reference = spread(entry.measured["reference"])
+                sample.reference = _on_masked(sample, entry.measured["reference"][tokens])
+
+
+def _on_masked(sample: Sample, values: np.ndarray) -> np.ndarray:
+    """`values` of the masked tokens of `sample`, at their places: float32 [T], else 0."""
+    whole = np.zeros(len(sample), np.float32)
+    whole[sample.loss_mask] = values
+    return whole
 
 
 def make_samples(

@@ -7,6 +7,7 @@ ended. A driver that comes back within `run.grace_s` finds its keeper there. A k
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from typing import Any
@@ -30,13 +31,17 @@ class Keeper:
 
     def _watch(self) -> None:
         """Deletes the app, and ends this actor, once the driver was gone for the grace time."""
-        seen = time.monotonic()
-        while time.monotonic() - seen < self.grace_s:
-            time.sleep(LOOK_S)
-            if self._driver_lives():
-                seen = time.monotonic()
-        end_app(self.app)
-        stop_keeper(self.app, self.namespace)
+        try:
+            seen = time.monotonic()
+            while time.monotonic() - seen < self.grace_s:
+                time.sleep(LOOK_S)
+                if self._driver_lives():
+                    seen = time.monotonic()
+            end_app(self.app)
+            ray.kill(ray.get_runtime_context().current_actor)
+        except Exception:  # whatever Ray or Serve raised: Ray starts the keeper again, and it looks once more
+            logger.exception("keeper of %s", self.app)
+            os._exit(1)
 
     def _driver_lives(self) -> bool:
         try:

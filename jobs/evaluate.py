@@ -82,7 +82,7 @@ def held_out_tasks(config: Config) -> list[Task]:
     return load_tasks(config.data.eval, "data.eval")
 
 
-def evaluate_last(config: Config) -> None:
+def evaluate_checkpoint(config: Config) -> None:
     """Evaluate a checkpoint of the run (`evaluate.checkpoint`), or the model of a run that has none, on data.eval."""
     from raygent.cluster.parts import Parts
 
@@ -98,4 +98,4 @@ def evaluate_last(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_job(sys.argv[1:], evaluate_last, learn=False))
+    sys.exit(run_job(sys.argv[1:], evaluate_checkpoint, learn=False))

@@ -150,7 +150,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """As read_verdict() reads it."""
-        return self.components | {"reward": self.value, "agents": self.agents, "calls": self.calls}
+        return {"reward": self.value, "agents": self.agents, "calls": self.calls} | self.components
 
 
 def read_verdict(value: Any, who: str) -> Verdict | None:

@@ -13,7 +13,7 @@ from raygent.config import Config, ConfigError, expanded, load
 
 CONFIG_COMMANDS = {
     "train": "train the agent of CONFIG (given again: go on where the run stood)",
-    "evaluate": "run the held-out tasks on the run's last checkpoint, or the model of a run without one",
+    "evaluate": "run the held-out tasks on the run's last checkpoint (another: evaluate.checkpoint), or the model of a run without one",
     "try": "run one task without training: the conversation, the reward, what was recorded",
 }
 MODULES = {

@@ -114,7 +114,7 @@ def test_a_served_teacher_tells_what_a_kept_one_does(
     )
     assert len(samples) > len(names) and max(map(len, samples)) == CONTEXT
     rank = Learner(kept, 0, str(working_folder()))  # of one rank, and with nothing but its teacher
-    rank.device = torch.device("cpu")
+    rank.device, rank.sequence = torch.device("cpu"), None
     rank.reference = rank._load_reference()
     wanted = [values for _, values in sorted(rank.measure("reference", samples), key=lambda entry: entry[0])]
     for found, mine, sample in zip(teacher.logprobs(samples), wanted, samples, strict=True):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,6 +146,16 @@ def first_moment(learner: Learner) -> Arrays:
             state = safe_get_full_optimizer_state(parameter, "exp_avg")
         found[name] = state.numpy().copy()
     return found
+
+
+def die_in_a_collective(learner: Learner) -> None:
+    """Rank 1 is killed while the others wait for it: gloo tells them at once, and Ray of the death a while later."""
+    import torch
+
+    if learner.rank == 1:
+        time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.distributed.all_reduce(torch.ones(1))
 
 
 def optimiser_settings(learner: Learner) -> list[tuple[tuple[float, float], float]]:

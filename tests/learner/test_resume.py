@@ -14,6 +14,7 @@ from plain import NAMES, Batch, Plain, furthest, make_batch, token_logprobs
 from ranks import (
     Arrays,
     Group,
+    die_in_a_collective,
     first_moment,
     gradient,
     move_reference,
@@ -110,6 +111,16 @@ def test_going_on_from_a_checkpoint_is_as_if_never_stopped(group: Group, batch: 
     on_ranks(learners, move_reference)
     ledger = [json.loads(line) for line in (learners.directory / "learner.jsonl").read_text().splitlines()]
     assert ledger[-4:] == [{"start": 8}, {"step": 1, "rollouts": NAMES}, {"start": 8}, {"start": 8}]
+
+
+def test_a_rank_that_dies_within_a_collective_is_the_groups_loss(group: Group) -> None:
+    """Not the other rank's error, which may come first."""
+    if group.stage != 2:
+        pytest.skip("of one stage")
+    with pytest.raises(LearnerLost, match="a learner rank died in __ray_call__"):
+        group.learners._all("__ray_call__", die_in_a_collective)
+    group.learners.restart(None)
+    on_ranks(group.learners, move_reference)
 
 
 @pytest.mark.slow

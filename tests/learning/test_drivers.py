@@ -20,7 +20,7 @@ import known_optimum
 from raygent.actors.checkpoint import latest_checkpoint
 from raygent.cluster.metrics import read_lines
 from raygent.config import load
-from raygent.jobs.evaluate import evaluate_last
+from raygent.jobs.evaluate import evaluate_checkpoint
 from raygent.jobs.train import train
 
 SMALL = [
@@ -82,5 +82,5 @@ def test_two_steps_and_an_evaluation(
             for name, value in last.items()
         )
     capsys.readouterr()
-    evaluate_last(load("train.toml", [*SMALL, f"run.name={way}", *overrides]))
+    evaluate_checkpoint(load("train.toml", [*SMALL, f"run.name={way}", *overrides]))
     assert capsys.readouterr().out.splitlines()[-1].startswith("step 2: reward ")

@@ -161,7 +161,8 @@ def test_verdicts_of_single_agents_and_calls():
     )
     assert verdict == Verdict(1.0, {"rows": 2.0}, {"writer": 0.5}, {0: 0.25, 3: 1.0})
     assert read_verdict(json.loads(json.dumps(verdict.to_dict())), "the grader") == verdict
-    assert read_verdict({"reward": 1, "agents": 3, "calls": 2}, "the agent").components == {"agents": 3.0, "calls": 2.0}
+    counted = read_verdict({"reward": 1, "agents": 3, "calls": 2}, "the agent")
+    assert counted == read_verdict(counted.to_dict(), "the agent") == Verdict(1.0, {"agents": 3.0, "calls": 2.0})
     for call in ("-1", "first", 1.5, True, "9" * 10):
         with pytest.raises(ValueError, match=r'"calls" the grader gave: .* is no number of a call from 0 on'):
             read_verdict({"reward": 1, "calls": {call: 1.0}}, "the grader")
