@@ -88,12 +88,12 @@ def move_reference(learner: Learner) -> Arrays:
 
     Not far: verl cuts a token's k3 off at 10.
     """
+    import deepspeed
     import torch
-    from deepspeed.zero import GatheredParameters
 
     noise, sharded = torch.Generator().manual_seed(1), learner.config.learner.zero_stage == 3
     named = dict((learner.reference.module if sharded else learner.reference).named_parameters())
-    with torch.no_grad(), GatheredParameters(list(named.values()), modifier_rank=0, enabled=sharded):
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(named.values()), modifier_rank=0, enabled=sharded):
         for parameter in named.values():
             parameter.add_(torch.randn(parameter.shape, generator=noise), alpha=0.01)
         return {name: parameter.float().numpy().copy() for name, parameter in named.items()}
