@@ -167,7 +167,9 @@ def memory_estimate(config: Config) -> dict[str, float]:
     """
     parameters = count_parameters(config)
     states = parameters * _bytes_of_states(config.learner)
-    reference = count_parameters(config, config.algorithm.teacher) if config.algorithm.teacher else parameters
+    apart = config.of_reference
+    kept = config.with_reference or apart
+    reference = count_parameters(config, config.algorithm.teacher) if kept and config.algorithm.teacher else parameters
     if config.with_reference:
         states += reference * _bytes_of_weights(config.learner)
     vocabulary = about_model(config).get("vocab_size") or 0
@@ -177,7 +179,7 @@ def memory_estimate(config: Config) -> dict[str, float]:
     of_others = {}
     if critic := config.of_critic:  # its logits are one a token
         of_others["critic_rank"] = parameters * _bytes_of_states(critic.learner) + LEARNER_PROCESS
-    if apart := config.of_reference:
+    if apart:
         of_others["reference_rank"] = reference * _bytes_of_weights(apart.learner) + logits + LEARNER_PROCESS
     return of_others | {
         "parameters": parameters,

@@ -208,7 +208,9 @@ def sample_of(length: int, number: int) -> Sample:
     mask = np.arange(length) > 0
     values = (mask * (number + 1)).astype(np.float32)
     ones = np.ones(length, np.float32)
-    return Sample(f"r{number}", "g", "main", tokens, mask, -values, values, mask.astype(np.int32), 2 * ones, 0.5)
+    sample = Sample(f"r{number}", "g", "main", tokens, mask, -values, values, mask.astype(np.int32), 2 * ones, 0.5)
+    sample.values, sample.returns, sample.reference = 2 * values, 3 * values, 4 * values
+    return sample
 
 
 @given(st.lists(st.integers(2, 40), max_size=12), st.integers(1, 4), st.integers(1, 90), st.booleans())
@@ -225,9 +227,7 @@ def test_each_sample_is_in_one_micro_batch_of_one_rank(
         assert rows == 1 or (batch.lengths.sum() if packed else rows * width) <= tokens
         assert batch.real.sum(1).tolist() == batch.lengths.tolist()
         assert all(
-            getattr(batch, name).shape == (rows, width)
-            for name in vars(batch)
-            if name not in ("places", "lengths", "values", "returns")
+            getattr(batch, name).shape == (rows, width) for name in vars(batch) if name not in ("places", "lengths")
         )
         for row, place in enumerate(batch.places):
             if place < 0:
@@ -238,9 +238,8 @@ def test_each_sample_is_in_one_micro_batch_of_one_rank(
             assert batch.lengths[row] == length
             assert batch.token_ids[row, :length].tolist() == sample.token_ids.tolist()
             assert batch.mask[row].tolist() == sample.loss_mask.tolist() + [False] * (width - length)
-            assert torch_equal(batch.logprobs[row], sample.logprobs) and torch_equal(
-                batch.advantages[row], sample.advantages
-            )
+            for name in ("logprobs", "advantages", "values", "returns", "reference"):
+                assert torch_equal(getattr(batch, name)[row], getattr(sample, name))
             assert torch_equal(batch.weights[row], sample.loss_mask * 0.5)
             assert (batch.temperature[row, :length] == 2).all() and (batch.temperature[row, length:] == 1).all()
     assert sorted(places) == list(range(len(samples)))
