@@ -22,6 +22,7 @@ from typing import Any, Literal
 from raygent import prompts
 from raygent.actors import own_traces
 from raygent.actors.otlp import MOST_SPANS
+from raygent.actors.persistent_agent import PersistentAgents
 from raygent.actors.subprocess_agent import (
     KEPT_BYTES,
     CommandEnd,
@@ -135,8 +136,14 @@ class AgentRunner:
             prompts.expected = bool(config.prompts)
             self.agent = load_callable(config.agent.run, config.folder, "agent.run")
             arguments(self.agent, AGENT_OFFERS, (None, None), "agent.run")
+        self.kept = PersistentAgents(config) if config.agent.persistent else None
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=run_for_ever, args=(self.loop,), name="agents", daemon=True).start()
+
+    def close(self) -> None:
+        """End the processes that are kept for more rollouts."""
+        if self.kept:
+            self.kept.close()
 
     def worn(self, most: int) -> bool:
         """Whether too much of what cannot be ended is left in this process."""
@@ -226,13 +233,14 @@ class AgentRunner:
                 process.stop()
 
         began = time.time()
-        thread, future = in_thread(lambda: run_command(self.config, task_input, endpoint, started))
+        run = self.kept.run if self.kept else partial(run_command, self.config)
+        thread, future = in_thread(lambda: run(task_input, endpoint, started))
         waiting = asyncio.wrap_future(future)
         try:
             in_time, _ = await asyncio.wait({waiting}, timeout=self.config.agent.timeout_s)
         finally:
             over.set()
-            for process in running:
+            for process in running if not (self.kept and waiting.done()) else ():
                 process.stop()
         await asyncio.wait({waiting}, timeout=KILL_S)
         if not waiting.done():  # a process that not even SIGKILL ends
@@ -290,6 +298,10 @@ def ended_of(future: Any) -> Ended:
 
 def read_end(end: CommandEnd, config: Config) -> Ended:
     """What an ended process means."""
+    if end.answer is not None:
+        if "output" in end.answer:
+            return Ended("returned", end.answer["output"])
+        return Ended("raised", error=str(end.answer["error"])[-TEXT:])
     limit, _, found = end.over.partition(" ")
     if limit == "over_memory":
         why = f"agent.memory_mb: the agent's processes took {found} MiB, over the limit of {config.agent.memory_mb}"
@@ -297,6 +309,9 @@ def read_end(end: CommandEnd, config: Config) -> Ended:
     if limit == "over_processes":
         why = f"agent.processes: the agent had {found} processes, over the limit of {config.agent.processes}"
         return Ended("over_processes", error=f"{end.stderr[-TEXT:].rstrip()}\n{why}; all were killed")
+    if config.agent.persistent:
+        why = f"the agent's process ended, with exit code {end.code}, before it answered"
+        return Ended("raised", error=f"{end.stderr[-TEXT:].rstrip()}\n{why}")
     if end.code != 0:
         return Ended(
             "raised", error=f"{end.stderr[-TEXT:].rstrip()}\nthe agent's process ended with exit code {end.code}"

@@ -85,6 +85,7 @@ class RolloutWorker:
             for task in [*beside, *self.running.values()]:
                 task.cancel()
             await asyncio.wait(beside)
+            self.runner.close()
             if self.grader:
                 self.grader.close()
 

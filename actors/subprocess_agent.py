@@ -44,6 +44,7 @@ class CommandEnd:
     stderr: str
     events: list[dict[str, Any]]  # "table": "rewards" | "spans" | "result", and the record's own fields
     over: str = ""  # "over_memory FOUND" (MiB), "over_processes FOUND"
+    answer: dict[str, Any] | None = None  # of a persistent one, which goes on
 
 
 class Supervised:
@@ -100,7 +101,7 @@ def command_of(config: Config) -> list[str]:
     """What the agent's process runs: agent.command, or a runner of agent.run."""
     if config.agent.command is not None:
         return config.agent.command
-    return [sys.executable, "-m", "raygent.actors.agent_process"]
+    return [sys.executable, "-m", "raygent.actors.agent_process", *["--persistent"] * config.agent.persistent]
 
 
 def scrubbed_environment() -> dict[str, str]:
@@ -120,6 +121,17 @@ def scrubbed_environment() -> dict[str, str]:
 
 
 def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, events: str) -> dict[str, str]:
+    return base_environment(config) | agent_variables(config, task_input, endpoint, events)
+
+
+def base_environment(config: Config) -> dict[str, str]:
+    """What the processes of all rollouts have in theirs."""
+    keys = {upstream.api_key_env for upstream in config.upstream.values()} | {config.algorithm.teacher_api_key_env}
+    return {name: value for name, value in scrubbed_environment().items() if name not in keys}
+
+
+def agent_variables(config: Config, task_input: Any, endpoint: ModelEndpoint, events: str) -> dict[str, str]:
+    """What one rollout's has besides."""
     added = {
         "OPENAI_BASE_URL": endpoint.base_url,
         "OPENAI_API_KEY": endpoint.api_key,
@@ -133,14 +145,10 @@ def agent_environment(config: Config, task_input: Any, endpoint: ModelEndpoint, 
     }
     if config.agent.run is not None:
         added["RAYGENT_AGENT"] = config.agent.run
-    keys = {upstream.api_key_env for upstream in config.upstream.values()}
-    kept = {name: value for name, value in scrubbed_environment().items() if name not in keys}
-    if (
-        not {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"} & kept.keys()
-    ):  # else the user's own collector gets them
+    if not {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"} & os.environ.keys():  # the user's own
         traces = f"{endpoint.anthropic_base_url}/v1/traces"
         added |= {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": traces, "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
-    return kept | added
+    return added
 
 
 def task_variable(task_input: Any) -> str:

@@ -82,6 +82,7 @@ class Agent(Section):
     in_: Literal["process", "subprocess"] = Field("process", alias="in")
     memory_mb: int | None = Field(None, ge=1)  # MiB of all processes of one rollout's agent; None: no limit
     processes: int | None = Field(None, ge=1)  # of one rollout's agent
+    persistent: bool = False  # its process has one rollout after the other: see actors/persistent_agent.py
 
     @model_validator(mode="after")
     def one_way_to_run(self) -> Agent:
@@ -94,11 +95,11 @@ class Agent(Section):
 
     @model_validator(mode="after")
     def limits_of_a_process(self) -> Agent:
-        for key in ("memory_mb", "processes"):
-            if getattr(self, key) is not None and self.command is None and self.in_ == "process":
+        for key in ("memory_mb", "processes", "persistent"):
+            if getattr(self, key) and self.command is None and self.in_ == "process":
                 raise ValueError(
-                    f"agent.{key}: agents in a worker's own process cannot be limited one by one; set "
-                    f'agent.in = "subprocess", or leave {key} out'
+                    f'agent.{key}: it is of processes, and the agent is in the workers\' own; set agent.in = "subprocess", or leave '
+                    f"{key} out"
                 )
         return self
 

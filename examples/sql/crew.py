@@ -4,9 +4,10 @@
 # ///
 """The SQL agent as a CrewAI crew: an author writes a query, a tester runs it with the tool `run_sql` and corrects it.
 
-A program of its own, since CrewAI wants packages of its own: `uv run --script crew.py TASK`, where TASK is JSON with `database`,
-`schema` and `question`. OPENAI_BASE_URL and OPENAI_API_KEY say where the models are, AUTHOR_MODEL and TESTER_MODEL their
-names; the last line it prints is the query.
+A program of its own, since CrewAI wants packages of its own: `uv run --script crew.py TASK` prints the query for TASK, which is JSON
+with `database`, `schema` and `question`. OPENAI_BASE_URL and OPENAI_API_KEY say where the models are, AUTHOR_MODEL and
+TESTER_MODEL their names. CrewAI takes seconds to load; without TASK it serves one task after the other: each line of its input is a
+JSON object of the variables that hold for one, with the task in RAYGENT_TASK, and a line with the output answers it.
 """
 
 from __future__ import annotations
@@ -48,8 +49,18 @@ def answer(task: dict[str, str]) -> str:
     test = Task(description="Run the query, correct it.", expected_output="a query", agent=tester, context=[write])
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as storage:  # else all crews wait for one SQLite file
         os.environ["CREWAI_STORAGE_DIR"] = storage
-        return Crew(agents=[author, tester], tasks=[write, test]).kickoff().raw
+        found = Crew(agents=[author, tester], tasks=[write, test]).kickoff().raw
+    return " ".join(found.split())
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        print(answer(json.loads(sys.argv[1])))
+        return
+    for line in sys.stdin:
+        os.environ |= json.loads(line)
+        print(json.dumps({"output": answer(json.loads(os.environ["RAYGENT_TASK"]))}), flush=True)
 
 
 if __name__ == "__main__":
-    print(" ".join(answer(json.loads(sys.argv[1])).split()))
+    main()

@@ -35,7 +35,7 @@ Patterns = dict[frozenset[str], tuple[Parts, list[Call]]]  # by the names of the
 def main() -> None:
     started = time.time()
     subprocess.run(["uv", "sync", "--quiet", "--compile-bytecode", "--script", "crew.py"], cwd=HERE, check=True)
-    sources = ["prepare_crew.py", "record_crew.py", "crew.py", "prepare_tools.py", "oracle.py", "sql_tool.py"]
+    sources = ["prepare_crew.py", "crew.py", "prepare_tools.py", "oracle.py", "sql_tool.py"]
     recipe = recipe_of("prepare.py", "tasks.py", "database.py", *sources)
     if is_made("crew_model", recipe):
         print("crew_model/ is there already")
@@ -58,12 +58,15 @@ def main() -> None:
 
 def record(tasks: list[dict[str, Any]]) -> dict[str, list[Call]]:
     """The crew's calls of the oracle, by task."""
-    python = subprocess.check_output(["uv", "python", "find", "--script", "crew.py"], cwd=HERE, text=True).strip()
     calls: dict[str, list[Call]] = {}
     with oracle_of(tasks) as oracle:
         environment = os.environ | {"OPENAI_BASE_URL": f"{oracle.url}/v1"}
-        lines = "".join(json.dumps(task) + "\n" for task in tasks)
-        subprocess.run([python, "record_crew.py"], cwd=HERE, env=environment, input=lines, text=True, check=True)
+        variables = [{"OPENAI_API_KEY": task["id"], "RAYGENT_TASK": json.dumps(task["input"])} for task in tasks]
+        lines = "".join(json.dumps(of_task) + "\n" for of_task in variables)
+        command = ["uv", "run", "--quiet", "--script", "crew.py"]
+        subprocess.run(
+            command, cwd=HERE, env=environment, input=lines, text=True, stdout=subprocess.DEVNULL, check=True
+        )
     for call in oracle.seen:
         messages = [*call["messages"], call["reply"]]
         calls.setdefault(call["task"], []).append({"model": call["model"], "messages": messages, "tools": []})

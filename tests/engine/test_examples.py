@@ -112,16 +112,20 @@ def packages(example: Example) -> None:
 async def run(module: Callable[[str], ModuleType], agent: dict[str, Any], task: dict[str, Any], at: Any) -> Any:
     """What the agent gives for the task's input, with its model at `at`."""
     if "command" in agent:
-        environment = {"OPENAI_BASE_URL": at.base_url, "OPENAI_API_KEY": at.api_key}
+        variables = {"OPENAI_BASE_URL": at.base_url, "OPENAI_API_KEY": at.api_key}
+        variables |= {"RAYGENT_TASK": json.dumps(task["input"])}
+        persistent = agent.get("persistent", False)
         process = await asyncio.create_subprocess_exec(
             *agent["command"],
             cwd=EXAMPLES,
-            env=os.environ | environment | {"RAYGENT_TASK": json.dumps(task["input"])},
+            env=os.environ | ({} if persistent else variables),
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        told, _ = await process.communicate()
+        told, _ = await process.communicate(json.dumps(variables).encode() + b"\n" if persistent else None)
         assert process.returncode == 0
-        return told.decode().splitlines()[-1]
+        last = told.decode().splitlines()[-1]
+        return json.loads(last)["output"] if persistent else last
     name, function = agent["run"].split(".py:")
     found = module(name)
     if hasattr(found, "client"):  # one for all calls, which belongs to the loop that it was used in

@@ -28,6 +28,42 @@ spawn("sleep", ["7353"], { detached: true, stdio: "ignore" }).unref();
 if (process.env.RAYGENT_TASK === '"hangs"') setInterval(() => {}, 1000);
 else console.log(process.env.OPENAI_BASE_URL);
 """
+PERSISTENT = """
+import json, os, sys, time
+print("loading takes long", file=sys.stderr)
+for line in sys.stdin:
+    variables = json.loads(line)
+    os.environ.update(variables)
+    task = json.loads(os.environ["RAYGENT_TASK"])
+    print("said", task)
+    if task == "raises":
+        print(json.dumps({"error": "ValueError: no table"}), flush=True)
+        continue
+    if task == "exits":
+        sys.exit("gone")
+    if task == "hangs":
+        time.sleep(60)
+    if task == "hog":
+        hog = b"x" * (400 << 20)
+        time.sleep(60)
+    with open(os.environ["RAYGENT_EVENTS"], "a") as events:
+        events.write(json.dumps({"table": "rewards", "value": 0.5}) + "\\n")
+    print(json.dumps({"output": [task, os.getpid(), os.environ["OPENAI_API_KEY"]]}), flush=True)
+"""
+PERSISTENT_PYTHON = """
+import os, sys
+import raygent
+calls = []
+def answer(task, model):
+    calls.append(task)
+    print("printed, and no line ends it", end="")
+    raygent.emit_reward(0.25)
+    if task == "raises":
+        raise LookupError("no table")
+    if task == "exits":
+        sys.exit(3)
+    return [task, os.getpid(), model.api_key, calls]
+"""
 ENDPOINT = ModelEndpoint("http://127.0.0.1:1/app/a/rg-key.sig/v1", "rg-key.sig")
 
 
@@ -388,3 +424,75 @@ def test_events_beyond_the_limit_are_left_out_the_result_is_not(monkeypatch):
     monkeypatch.setattr("raygent.actors.subprocess_agent.EVENTS_BYTES", 3 * (len(lines[0]) + 1))
     found = read_events(io.BytesIO(("\n".join(lines) + "\n").encode()))
     assert [event["table"] for event in found] == ["spans"] * 3 + ["result"]
+
+
+def in_turn(config, tasks):
+    """One runner's ends and records of these tasks, one after the other, each with a key of its own."""
+
+    async def all_of_them():
+        for number, task in enumerate(tasks):
+            recorder = AttemptRecorder(f"rollout-{number}", 1, "worker")
+            endpoint = ModelEndpoint(ENDPOINT.base_url, f"key-{number}")
+            yield await runner.run(task, endpoint, recorder), recorder
+
+    async def gathered():
+        return [one async for one in all_of_them()]
+
+    runner = AgentRunner(config)
+    try:
+        return asyncio.run(gathered())
+    finally:
+        runner.close()
+
+
+@pytest.fixture
+def persistent(tmp_path):
+    (tmp_path / "stays.py").write_text(PERSISTENT)
+    return lambda **keys: config_of(tmp_path, command=[sys.executable, "stays.py"], persistent=True, **keys)
+
+
+def test_a_persistent_program_has_one_rollout_after_the_other(persistent):
+    told = in_turn(persistent(), ["a", "raises", "b", "exits", "c"])
+    (a, of_a), (failed, _), (b, of_b), (gone, _), (c, _) = told
+    assert [one.value[::2] for one in (a, b, c)] == [["a", "key-0"], ["b", "key-2"], ["c", "key-4"]]
+    assert a.value[1] == b.value[1] != c.value[1]  # the pid
+    assert (failed.how, failed.error) == ("raised", "ValueError: no table")
+    assert gone.how == "raised" and "gone" in gone.error and "exit code 1, before it answered" in gone.error
+    assert [reward.value for reward in of_a.rewards] == [reward.value for reward in of_b.rewards] == [0.5]
+    said = [json.loads(recorder.spans[0].attributes) for recorder in (of_a, of_b)]
+    assert [span["stdout"] for span in said] == ["said a\n", "said b\n"] and said[1]["stderr"] == ""
+
+
+@pytest.mark.parametrize(("task", "keys", "how"), [
+    ("hangs", {"timeout_s": 5.0}, "timeout"), ("hog", {"memory_mb": 300}, "over_memory")
+])  # fmt: skip
+def test_a_persistent_program_over_a_limit_is_another_one_afterwards(persistent, task, keys, how):
+    (a, _), (over, _), (b, _) = in_turn(persistent(**keys), ["a", task, "b"])
+    assert (a.how, over.how, b.how) == ("returned", how, "returned") and a.value[1] != b.value[1]
+
+
+def test_persistent_programs_are_as_many_as_rollouts_at_once_and_end_with_the_worker(persistent, processes_of):
+    async def at_once():
+        runner = AgentRunner(persistent())
+        recorders = [AttemptRecorder(f"rollout-{number}", 1, "worker") for number in range(3)]
+        ended = await asyncio.gather(*(runner.run("a", ENDPOINT, recorder) for recorder in recorders))
+        assert len(processes_of(f"{sys.executable} stays.py")) == 3
+        runner.close()
+        return {one.value[1] for one in ended}
+
+    assert len(asyncio.run(at_once())) == 3
+    deadline = time.monotonic() + 20
+    while processes_of(f"{sys.executable} stays.py") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_of(f"{sys.executable} stays.py") == []
+
+
+def test_a_python_agent_in_a_persistent_process_is_loaded_once(tmp_path):
+    (tmp_path / "stays_loaded.py").write_text(PERSISTENT_PYTHON)
+    config = config_of(tmp_path, run="stays_loaded.py:answer", **{"in": "subprocess"}, persistent=True)
+    (a, of_a), (failed, of_failed), (exited, _), (b, _) = in_turn(config, ["a", "raises", "exits", "b"])
+    assert a.value[::2] == ["a", "key-0"] and a.value[3] == ["a"]
+    assert b.value[2] == "key-3" and b.value[1] == a.value[1] and b.value[3] == ["a", "raises", "exits", "b"]
+    assert failed.how == exited.how == "raised" and "LookupError: no table" in failed.error
+    assert [reward.value for recorder in (of_a, of_failed) for reward in recorder.rewards] == [0.25, 0.25]
+    assert "printed, and no line" in json.loads(of_a.spans[0].attributes)["stderr"]
