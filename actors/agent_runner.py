@@ -22,7 +22,7 @@ from typing import Any, Literal
 from raygent import prompts
 from raygent.actors import own_traces
 from raygent.actors.otlp import MOST_SPANS
-from raygent.actors.persistent_agent import PersistentAgents
+from raygent.actors.persistent_agent import PersistentAgent, PersistentAgents
 from raygent.actors.subprocess_agent import (
     KEPT_BYTES,
     CommandEnd,
@@ -232,16 +232,28 @@ class AgentRunner:
             if over.is_set():
                 process.stop()
 
+        def run() -> CommandEnd:
+            if self.kept is None:
+                return run_command(self.config, task_input, endpoint, started)
+            agent = self.kept.take()
+            started(agent)
+            return agent.run(self.config, task_input, endpoint)
+
         began = time.time()
-        run = self.kept.run if self.kept else partial(run_command, self.config)
-        thread, future = in_thread(lambda: run(task_input, endpoint, started))
+        thread, future = in_thread(run)
         waiting = asyncio.wrap_future(future)
         try:
             in_time, _ = await asyncio.wait({waiting}, timeout=self.config.agent.timeout_s)
         finally:
             over.set()
-            for process in running if not (self.kept and waiting.done()) else ():
-                process.stop()
+            answered = (
+                waiting.done() and not waiting.cancelled() and not waiting.exception() and waiting.result().answer
+            )
+            for process in running:
+                if answered and self.kept and isinstance(process, PersistentAgent):
+                    self.kept.give_back(process)
+                else:
+                    process.stop()
         await asyncio.wait({waiting}, timeout=KILL_S)
         if not waiting.done():  # a process that not even SIGKILL ends
             self.abandoned.append(thread)

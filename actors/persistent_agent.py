@@ -11,7 +11,6 @@ import json
 import queue
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,46 +31,12 @@ from raygent.emit import EVENTS_BYTES
 Row = dict[str, Any]
 
 
-class PersistentAgents:
-    """Those of one worker, as many as it has had rollouts at once."""
+class PersistentAgent(Supervised):
+    """One such process. `ask` it again only once its answer was taken; where it gave none, or was stopped, it is of no more use."""
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self.idle: queue.SimpleQueue[PersistentAgent] = queue.SimpleQueue()
-
-    def run(self, task_input: Any, endpoint: ModelEndpoint, started: Callable[[Supervised], None]) -> CommandEnd:
-        """One rollout; blocks. `started` gets the handle to stop its process with. Raises OSError where none can be started."""
-        folder = tempfile.TemporaryDirectory(prefix="raygent-events-", ignore_cleanup_errors=True)
-        with folder, (Path(folder.name) / "events.jsonl").open("w+b") as events:
-            agent = self._take()
-            started(agent.supervised)
-            variables = agent_variables(self.config, task_input, endpoint, events.name)
-            answer, printed = agent.ask(variables)
-            if answer is None:
-                return agent.end(printed, read_events(events))
-            end = CommandEnd(0, printed, agent.said(), read_events(events), answer=answer)
-            self.idle.put(agent)
-            return end
-
-    def _take(self) -> PersistentAgent:
-        while True:
-            try:
-                agent = self.idle.get_nowait()
-            except queue.Empty:
-                return PersistentAgent(self.config)
-            if agent.supervised.process.poll() is None:
-                return agent
-            agent.supervised.stop()
-
-    def close(self) -> None:
-        """End those that are idle; the others end with their rollouts, or with this process."""
-        while not self.idle.empty():
-            self.idle.get_nowait().supervised.stop()
-
-
-class PersistentAgent:
-    def __init__(self, config: Config) -> None:
-        self.supervised = Supervised(
+        """Raises OSError where it cannot be started."""
+        super().__init__(
             command_of(config),
             config.folder,
             base_environment(config),
@@ -81,35 +46,67 @@ class PersistentAgent:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        assert self.supervised.process.stderr
-        self.stderr = Tail(self.supervised.process.stderr)
+        assert self.process.stderr
+        self.stderr = Tail(self.process.stderr)
 
-    def ask(self, variables: dict[str, str]) -> tuple[Row | None, str]:
-        """Its answer, None where it ended before it gave one, and the end of what it printed until then."""
-        process, printed = self.supervised.process, b""
-        assert process.stdin and process.stdout
+    def run(self, config: Config, task_input: Any, endpoint: ModelEndpoint) -> CommandEnd:
+        """One rollout; blocks until it is answered or the process has ended."""
+        folder = tempfile.TemporaryDirectory(prefix="raygent-events-", ignore_cleanup_errors=True)
+        with folder, (Path(folder.name) / "events.jsonl").open("w+b") as events:
+            answer, printed = self._ask(agent_variables(config, task_input, endpoint, events.name))
+            if answer is not None:
+                said = self.stderr.kept.decode(errors="replace")  # as far as it has come here
+                return CommandEnd(0, printed, said, read_events(events), answer=answer)
+            code, said, over = self.process.wait(), self.stderr.text(), self.over()
+            self.stop()
+            return CommandEnd(code, printed, said, read_events(events), over)
+
+    def _ask(self, variables: dict[str, str]) -> tuple[Row | None, str]:
+        """The answer, None where the process ended before it gave one, and the end of what it printed until then."""
+        stdin, stdout, printed = self.process.stdin, self.process.stdout, b""
+        assert stdin and stdout
         self.stderr.kept = b""
         try:
-            process.stdin.write(json.dumps(variables).encode() + b"\n")
-            process.stdin.flush()
+            stdin.write(json.dumps(variables).encode() + b"\n")
+            stdin.flush()
         except BrokenPipeError:
             return None, ""
-        while line := process.stdout.readline(EVENTS_BYTES + 1):
+        while line := stdout.readline(EVENTS_BYTES + 1):
+            if len(line) > EVENTS_BYTES:
+                self.stop()
+                return {
+                    "error": f"a line of its output is over {EVENTS_BYTES >> 20} MiB; answer with what the grader needs"
+                }, ""
             if (answer := _answer_in(line)) is not None:
                 return answer, printed.decode(errors="replace")
             printed = (printed + line)[-KEPT_BYTES:]
         return None, printed.decode(errors="replace")
 
-    def said(self) -> str:
-        """The end of what it wrote to stderr in this rollout, as far as it has come here."""
-        return self.stderr.kept.decode(errors="replace")
 
-    def end(self, printed: str, events: list[Row]) -> CommandEnd:
-        """Of a process that has ended, or closed its output."""
-        over = self.supervised.over()
-        self.supervised.stop()
-        code = self.supervised.process.wait()
-        return CommandEnd(code, printed, self.stderr.text(), events, over)
+class PersistentAgents:
+    """Those of one worker that are idle."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.idle: queue.SimpleQueue[PersistentAgent] = queue.SimpleQueue()
+
+    def take(self) -> PersistentAgent:
+        """Raises OSError where none is idle and none can be started."""
+        while True:
+            try:
+                agent = self.idle.get_nowait()
+            except queue.Empty:
+                return PersistentAgent(self.config)
+            if agent.process.poll() is None and not agent.stopped:
+                return agent
+            agent.stop()
+
+    def give_back(self, agent: PersistentAgent) -> None:
+        self.idle.put(agent)
+
+    def close(self) -> None:
+        while not self.idle.empty():
+            self.idle.get_nowait().stop()
 
 
 def _answer_in(line: bytes) -> Row | None:

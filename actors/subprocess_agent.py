@@ -85,6 +85,10 @@ class Supervised:
         with self._lock:
             self._hold.close()
 
+    @property
+    def stopped(self) -> bool:
+        return self._hold.fileno() < 0
+
     def over(self) -> str:
         """Of an ended command that was not stopped: the limit it was killed for (CommandEnd.over)."""
         with self._lock:
