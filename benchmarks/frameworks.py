@@ -4,8 +4,8 @@
 
 NAME: openai_agents, responses, mcp, anthropic_agent, node, langgraph, autogen_chat, crew; all where none is named. `gain` is the
 mean reward after minus before, with its paired bootstrap 95 % interval. Puts each one's figures and curve into
-benchmarks/results/frameworks/ as it ends. 15 to 30 minutes each on 2 cores; of mcp, node and crew, a process a rollout,
-60 to 110.
+benchmarks/results/frameworks/ as it ends. 15 to 30 minutes each on 2 cores; of mcp and node, which start a process for
+each rollout, 60 to 85.
 """
 
 from __future__ import annotations
