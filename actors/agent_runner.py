@@ -22,7 +22,7 @@ from typing import Any, Literal
 from raygent import prompts
 from raygent.actors import own_traces
 from raygent.actors.otlp import MOST_SPANS
-from raygent.actors.persistent_agent import PersistentAgent, PersistentAgents
+from raygent.actors.persistent_agent import PersistentAgents
 from raygent.actors.subprocess_agent import (
     KEPT_BYTES,
     CommandEnd,
@@ -237,7 +237,7 @@ class AgentRunner:
                 return run_command(self.config, task_input, endpoint, started)
             agent = self.kept.take()
             started(agent)
-            return agent.run(self.config, task_input, endpoint)
+            return agent.run(task_input, endpoint)
 
         began = time.time()
         thread, future = in_thread(run)
@@ -246,14 +246,8 @@ class AgentRunner:
             in_time, _ = await asyncio.wait({waiting}, timeout=self.config.agent.timeout_s)
         finally:
             over.set()
-            answered = (
-                waiting.done() and not waiting.cancelled() and not waiting.exception() and waiting.result().answer
-            )
             for process in running:
-                if answered and self.kept and isinstance(process, PersistentAgent):
-                    self.kept.give_back(process)
-                else:
-                    process.stop()
+                process.let_go()
         await asyncio.wait({waiting}, timeout=KILL_S)
         if not waiting.done():  # a process that not even SIGKILL ends
             self.abandoned.append(thread)

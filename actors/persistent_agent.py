@@ -32,10 +32,11 @@ Row = dict[str, Any]
 
 
 class PersistentAgent(Supervised):
-    """One such process. `ask` it again only once its answer was taken; where it gave none, or was stopped, it is of no more use."""
+    """One such process, which waits among the `idle` for its next rollout."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, idle: queue.SimpleQueue[PersistentAgent]) -> None:
         """Raises OSError where it cannot be started."""
+        self.config, self.idle, self.answered = config, idle, False
         super().__init__(
             command_of(config),
             config.folder,
@@ -49,11 +50,20 @@ class PersistentAgent(Supervised):
         assert self.process.stderr
         self.stderr = Tail(self.process.stderr)
 
-    def run(self, config: Config, task_input: Any, endpoint: ModelEndpoint) -> CommandEnd:
+    def let_go(self) -> None:
+        """Its rollout is over; the process is, too, where it has not answered."""
+        if self.answered:
+            self.idle.put(self)
+        else:
+            self.stop()
+
+    def run(self, task_input: Any, endpoint: ModelEndpoint) -> CommandEnd:
         """One rollout; blocks until it is answered or the process has ended."""
+        self.answered = False
         folder = tempfile.TemporaryDirectory(prefix="raygent-events-", ignore_cleanup_errors=True)
         with folder, (Path(folder.name) / "events.jsonl").open("w+b") as events:
-            answer, printed = self._ask(agent_variables(config, task_input, endpoint, events.name))
+            answer, printed = self._ask(agent_variables(self.config, task_input, endpoint, events.name))
+            self.answered = answer is not None
             if answer is not None:
                 said = self.stderr.kept.decode(errors="replace")  # as far as it has come here
                 return CommandEnd(0, printed, said, read_events(events), answer=answer)
@@ -96,13 +106,10 @@ class PersistentAgents:
             try:
                 agent = self.idle.get_nowait()
             except queue.Empty:
-                return PersistentAgent(self.config)
+                return PersistentAgent(self.config, self.idle)
             if agent.process.poll() is None and not agent.stopped:
                 return agent
             agent.stop()
-
-    def give_back(self, agent: PersistentAgent) -> None:
-        self.idle.put(agent)
 
     def close(self) -> None:
         while not self.idle.empty():

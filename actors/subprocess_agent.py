@@ -85,6 +85,10 @@ class Supervised:
         with self._lock:
             self._hold.close()
 
+    def let_go(self) -> None:
+        """What it was started for is over: see stop()."""
+        self.stop()
+
     @property
     def stopped(self) -> bool:
         return self._hold.fileno() < 0
