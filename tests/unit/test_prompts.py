@@ -219,7 +219,7 @@ def test_what_changes_prompts_needs_prompts_and_no_learner():
     ):
         config(algorithm={"name": "apo"})
     made = config(algorithm={"name": "gepa"}, prompts={"writer": "writer.txt"}, engine={"gpus": 1.0})
-    assert (made.algorithm.group_size, made.algorithm.tasks_per_step, made.learners) == (1, 3, [])
+    assert (made.algorithm.group_size, made.algorithm.tasks_per_step, made.learners) == (1, 3, {})
     assert made.prompt_search is made.algorithm
 
 
