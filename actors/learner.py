@@ -271,7 +271,7 @@ class Learner:
                 gaps.append(difference[current].abs().float().cpu().numpy())
         if algorithm.entropy:
             loss = loss - algorithm.entropy * (entropy * mask * weights).sum()
-        if algorithm.kl and algorithm.kl_in == "loss":
+        if algorithm.kl_in_loss:
             assert batch.reference is not None
             penalty = kl_loss(logprobs, batch.reference, mask, weights, algorithm.kl_kind)
             add(sums, "kl_reference", float((logprobs - batch.reference).detach()[mask].sum()))

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import queue
 import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from raygent.actors.subprocess_agent import (
@@ -22,6 +20,7 @@ from raygent.actors.subprocess_agent import (
     agent_variables,
     base_environment,
     command_of,
+    events_file,
     read_events,
 )
 from raygent.callables import ModelEndpoint
@@ -60,8 +59,7 @@ class PersistentAgent(Supervised):
     def run(self, task_input: Any, endpoint: ModelEndpoint) -> CommandEnd:
         """One rollout; blocks until it is answered or the process has ended."""
         self.answered = False
-        folder = tempfile.TemporaryDirectory(prefix="raygent-events-", ignore_cleanup_errors=True)
-        with folder, (Path(folder.name) / "events.jsonl").open("w+b") as events:
+        with events_file() as events:
             answer, printed = self._ask(agent_variables(self.config, task_input, endpoint, events.name))
             self.answered = answer is not None
             if answer is not None:

@@ -14,7 +14,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -184,9 +185,7 @@ def run_command(
 
     Raises OSError where the process cannot be started.
     """
-    # A folder of its own, which the agent may do with as it likes: what was opened here is read.
-    folder = tempfile.TemporaryDirectory(prefix="raygent-events-", ignore_cleanup_errors=True)
-    with folder, (Path(folder.name) / "events.jsonl").open("w+b") as events:
+    with events_file() as events:
         supervised = Supervised(
             command_of(config),
             config.folder,
@@ -206,6 +205,14 @@ def run_command(
         over = supervised.over()
         supervised.stop()
         return CommandEnd(code, stdout, stderr, read_events(events), over)
+
+
+@contextmanager
+def events_file() -> Iterator[IO[bytes]]:
+    """One rollout's, in a folder of its own, which the agent may do with as it likes: what was opened here is read."""
+    folder = tempfile.TemporaryDirectory(prefix="raygent-events-", ignore_cleanup_errors=True)
+    with folder, (Path(folder.name) / "events.jsonl").open("w+b") as events:
+        yield events
 
 
 class Tail:

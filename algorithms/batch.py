@@ -114,7 +114,7 @@ def make_samples(
 
     kept = [draft for draft in drafts if draft.entry.advantages is not None or not config.algorithm.drop_flat_groups]
     for draft in kept:
-        draft.fill(config.algorithm.kl > 0 and config.algorithm.kl_in == "loss")
+        draft.fill(config.algorithm.kl_in_loss)
     samples = [sample for draft in kept for sample in draft.samples]
     weigh(samples, config)
     used = {entry.rollout["group_id"] for entry in entries if entry.advantages is not None}

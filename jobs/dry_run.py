@@ -174,7 +174,7 @@ def memory_estimate(config: Config) -> dict[str, float]:
         states += reference * _bytes_of_weights(config.learner)
     vocabulary = about_model(config).get("vocab_size") or 0
     logits = config.learner.micro_batch_tokens / config.learner.sequence_parallel * vocabulary * LOGITS_BYTES
-    engine_width = 4 if (config.engine.dtype or config.learner.dtype) == "float32" else 2
+    engine_width = _width(config.engine.dtype or config.learner.dtype)
     cache = config.engine.vllm_arguments().get("kv_cache_memory_bytes", 0 if config.engine.gpus else KV_CACHE)
     of_others = {}
     if critic := config.of_critic:  # its logits are one a token
@@ -196,7 +196,7 @@ def _bytes_of_states(learner: LearnerSection) -> float:
     ZeRO stage s shards what it names over the ranks: 1 the optimiser's states (float32 master copy and two moments), 2 the
     gradients too, 3 the weights too; Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, section 3.
     """
-    ranks, stage, width = learner.ranks, learner.zero_stage, _width(learner)
+    ranks, stage, width = learner.ranks, learner.zero_stage, _width(learner.dtype)
     if learner.lora:  # the adapters themselves are small beside the model
         return _bytes_of_weights(learner)
     gradients = width / (ranks if stage >= 2 else 1)
@@ -206,11 +206,11 @@ def _bytes_of_states(learner: LearnerSection) -> float:
 
 def _bytes_of_weights(learner: LearnerSection) -> float:
     """A parameter, on each rank."""
-    return _width(learner) / (learner.ranks if learner.zero_stage == 3 else 1)
+    return _width(learner.dtype) / (learner.ranks if learner.zero_stage == 3 else 1)
 
 
-def _width(learner: LearnerSection) -> int:
-    return 4 if learner.dtype == "float32" else 2
+def _width(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 def count_parameters(config: Config, teacher: str | None = None) -> int:

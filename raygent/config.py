@@ -233,6 +233,11 @@ class Algorithm(PromptSearch):
         return loss
 
     @property
+    def kl_in_loss(self) -> bool:
+        """Whether the loss has the KL to the reference in it."""
+        return self.kl > 0 and self.kl_in == "loss"
+
+    @property
     def teacher_url(self) -> str | None:
         """Where the teacher is an endpoint, its base_url."""
         return self.teacher if self.teacher and "://" in self.teacher else None
