@@ -63,8 +63,7 @@ class PersistentAgent(Supervised):
             answer, printed = self._ask(agent_variables(self.config, task_input, endpoint, events.name))
             self.answered = answer is not None
             if answer is not None:
-                said = self.stderr.kept.decode(errors="replace")  # as far as it has come here
-                return CommandEnd(0, printed, said, read_events(events), answer=answer)
+                return CommandEnd(0, printed, self.stderr.take(), read_events(events), answer=answer)
             code, said, over = self.process.wait(), self.stderr.text(), self.over()
             self.stop()
             return CommandEnd(code, printed, said, read_events(events), over)
@@ -73,7 +72,7 @@ class PersistentAgent(Supervised):
         """The answer, None where the process ended before it gave one, and the end of what it printed until then."""
         stdin, stdout, printed = self.process.stdin, self.process.stdout, b""
         assert stdin and stdout
-        self.stderr.kept = b""
+        self.stderr.take()  # said between the rollouts
         try:
             stdin.write(json.dumps(variables).encode() + b"\n")
             stdin.flush()

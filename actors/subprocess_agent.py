@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,6 +31,7 @@ OURS = ("RAY_", "RAYGENT_", "SERVE_", "VLLM_", "WANDB_")  # variables that no ag
 SET_BY_RAY = ("OMP_NUM_THREADS", "PYTHONBREAKPOINT")  # in a worker that has started
 JOB_COPIES = "working_dir_files"  # Ray's folder of the copies that jobs get of their --working-dir
 KEPT_BYTES = 1 << 20  # of stdout and of stderr each, from the end
+PIPE_BYTES = 1 << 20  # the most that Linux lets a process have one hold
 TASK_BYTES = (128 << 10) - len("RAYGENT_TASK=") - 1  # Linux starts no process with a longer variable
 PROMPTS_BYTES = (128 << 10) - len(f"{PROMPTS_VARIABLE}=") - 1
 REST_S = 5.0  # for the outputs of an ended process to end
@@ -216,17 +218,36 @@ def events_file() -> Iterator[IO[bytes]]:
 
 
 class Tail:
-    """The last KEPT_BYTES of a stream, read to its end by a thread."""
+    """The last KEPT_BYTES of a pipe, read to its end by a thread."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self.kept = b""
-        self.thread = threading.Thread(target=self._read, args=(stream,), daemon=True)
+        self.kept, self.ended, self.stream, self.reading = b"", False, stream, threading.Lock()
+        os.set_blocking(stream.fileno(), False)  # our end of it alone
+        self.thread = threading.Thread(target=self._read, daemon=True)
         self.thread.start()
 
-    def _read(self, stream: IO[bytes]) -> None:
-        with stream:
-            while chunk := stream.read1(1 << 16):  # type: ignore[attr-defined]
-                self.kept = (self.kept + chunk)[-KEPT_BYTES:]
+    def _read(self) -> None:
+        with self.stream:
+            waiting = select.poll()
+            waiting.register(self.stream, select.POLLIN)
+            while not self.ended:
+                waiting.poll()
+                with self.reading:
+                    self._keep()
+
+    def _keep(self) -> None:
+        """What has been written until now: no more than a pipe holds."""
+        with suppress(BlockingIOError):
+            if not self.ended:
+                chunk = os.read(self.stream.fileno(), PIPE_BYTES)
+                self.kept, self.ended = (self.kept + chunk)[-KEPT_BYTES:], not chunk
+
+    def take(self) -> str:
+        """What has been written until now and was not taken before."""
+        with self.reading:
+            self._keep()
+            kept, self.kept = self.kept, b""
+        return kept.decode(errors="replace")
 
     def text(self) -> str:
         """Once the stream has ended, or, where something that got away holds it open, after REST_S."""

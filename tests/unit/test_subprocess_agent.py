@@ -419,6 +419,17 @@ def test_an_output_that_something_holds_open_is_not_waited_for(tmp_path, monkeyp
     os.close(writer)
 
 
+def test_what_was_written_is_there_to_take_at_once():
+    reader, writer = os.pipe()
+    tail = Tail(os.fdopen(reader, "rb"))
+    for number in range(2000):
+        os.write(writer, b"%d" % number)
+        assert tail.take() == str(number)
+    os.close(writer)
+    tail.thread.join()
+    assert tail.take() == "" and tail.stream.closed
+
+
 def test_events_beyond_the_limit_are_left_out_the_result_is_not(monkeypatch):
     lines = [json.dumps({"table": table, "value": 1}) for table in ["spans"] * 9 + ["result"]]
     monkeypatch.setattr("raygent.actors.subprocess_agent.EVENTS_BYTES", 3 * (len(lines[0]) + 1))
