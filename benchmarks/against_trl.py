@@ -21,7 +21,7 @@ from whole_runs import RESULTS, ROOT, save
 RUNS = ROOT / "runs" / "against_trl"
 sys.path.insert(0, str(known_optimum.HERE))
 
-from agent import LENGTH, share  # noqa: E402
+from agent import LENGTH, asked, share  # noqa: E402
 
 TASKS, GROUP, RATE, BETAS, CLIP = 16, 8, 3e-3, (0.9, 0.95), 0.2
 MARGIN = 0.1  # of a mean reward, whose optimum is 1
@@ -43,7 +43,7 @@ def theirs(seed: int, steps: int) -> list[float]:
     def reward(completions: list[list[dict[str, str]]], **_: object) -> list[float]:
         return [share(completion[0]["content"], "lower") for completion in completions]
 
-    prompts = [{"prompt": [{"role": "user", "content": f"{word} lower"}]} for word in range(TASKS)]
+    prompts = [{"prompt": [asked(word, "lower")]} for word in range(TASKS)]
     with tempfile.TemporaryDirectory() as folder:
         settings = GRPOConfig(
             output_dir=folder, seed=seed, max_steps=steps, use_cpu=True, report_to=[], save_strategy="no", logging_steps=1,

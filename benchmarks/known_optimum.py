@@ -35,7 +35,7 @@ SMOOTHED = 3  # steps: one alone may be lucky
 KINDS = ("string", "turns", "split")
 ALGORITHMS = {  # and what they need besides
     "grpo": [],
-    "rloo": ["algorithm.entropy=0.006"],  # its advantages are not normalised
+    "rloo": ["algorithm.entropy=0.003"],  # its advantages are not normalised
     "reinforce_plus_plus": [],
     "ppo": [],
     "gspo": [],
@@ -46,7 +46,7 @@ ALGORITHMS = {  # and what they need besides
 
 def prepare(folder: Path, kinds: tuple[str, ...] = KINDS) -> None:
     """The model and the tasks, none of the held-out ones among those trained on, beside the agent and its TOML."""
-    make_tiny_model(folder / "model", context=128)
+    make_tiny_model(folder / "model", context=256)
     for name, words in (("train", range(16)), ("test", range(100, 108))):
         rows = [{"id": f"{kind}-{word}", "input": {"kind": kind, "word": word}} for word in words for kind in kinds]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

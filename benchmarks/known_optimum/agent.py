@@ -24,6 +24,11 @@ def share(text: str, kind: str) -> float:
     return sum(character in WANTED[kind] for character in text[:LENGTH]) / LENGTH
 
 
+def asked(word: int, kind: str) -> dict[str, str]:
+    """Said so often that a model of random weights, which attends to every token alike, sees which kind it is."""
+    return {"role": "user", "content": " ".join([str(word), *[kind] * 8])}
+
+
 async def answer(task: dict[str, Any], model: Any) -> float:
     client = CLIENT.with_options(base_url=model.base_url, api_key=model.api_key)
 
@@ -33,14 +38,12 @@ async def answer(task: dict[str, Any], model: Any) -> float:
         )
         return reply.choices[0].message.content or ""
 
-    def asked(kind: str) -> dict[str, str]:
-        return {"role": "user", "content": f"{task['word']} {kind}"}
-
+    lower, upper, digits = (asked(task["word"], kind) for kind in WANTED)
     if task["kind"] == "string":
-        return share(await say([asked("lower")]), "lower")
+        return share(await say([lower]), "lower")
     if task["kind"] == "split":
-        return (share(await say([asked("upper")]), "upper") + share(await say([asked("digits")]), "digits")) / 2
-    first = await say([asked("digits")])
-    second = await say([asked("digits"), {"role": "assistant", "content": first}, asked("lower")])
+        return (share(await say([upper]), "upper") + share(await say([digits]), "digits")) / 2
+    first = await say([digits])
+    second = await say([digits, {"role": "assistant", "content": first}, lower])
     emit_reward(share(first, "digits") / 2, call=0)  # trained with credit = "turn" alone
     return (share(first, "digits") + share(second, "lower")) / 2
