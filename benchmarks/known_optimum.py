@@ -35,7 +35,7 @@ SMOOTHED = 3  # steps: one alone may be lucky
 KINDS = ("string", "turns", "split")
 ALGORITHMS = {  # and what they need besides
     "grpo": [],
-    "rloo": ["algorithm.entropy=0.003"],  # its advantages are not normalised
+    "rloo": ["algorithm.entropy=0.006"],  # its advantages are not normalised
     "reinforce_plus_plus": [],
     "ppo": [],
     "gspo": [],
