@@ -1,37 +1,44 @@
-"""What do SFT and distillation make of a run that has learnt? On the SQL example's held-out questions.
+"""What do SFT and distillation make of a run that has learnt?
 
-    uv run python benchmarks/imitation.py [section.key=value ...]
+    uv run python benchmarks/imitation.py [sql | known_optimum] [section.key=value ...]
 
-Three runs of `raygent train examples/sql/train.toml`, all from the same warm start: `grpo`; `sft` on the best of each task's
-rollouts in that run's store, those of its later policies too; `distill`, whose teacher is that run's last checkpoint. `gain` is
-the mean reward after minus before, with its paired bootstrap 95 % interval. Puts the figures into benchmarks/results/imitation.json.
+Three runs of `raygent train`, all from the same start, which is a model that can write some SQL, or one of random weights:
+`grpo`; `sft` on the best of each task's rollouts in that run's store, those of its later policies too; `distill`, whose teacher is
+that run's last checkpoint. `gain` is the mean reward on held-out tasks after minus before, with its paired bootstrap 95 % interval.
+Puts the figures into benchmarks/results/imitation/.
 """
 
 from __future__ import annotations
 
 import sys
 
+import known_optimum
 from whole_runs import RESULTS, ROOT, SQL, prepare, print_gains, save, train
 
 from raygent.actors.checkpoint import latest_checkpoint
 
 RUNS = ROOT / "runs" / "imitation"
+TOMLS = {"sql": SQL / "train.toml", "known_optimum": known_optimum.HERE / "train.toml"}
 
 
-def run(name: str, overrides: list[str]) -> dict:
-    summary = train(SQL / "train.toml", RUNS / name, [f"algorithm.name={name}", "evaluate.every=0", *overrides])
+def run(tasks: str, name: str, overrides: list[str]) -> dict:
+    summary = train(TOMLS[tasks], RUNS / tasks / name, [f"algorithm.name={name}", "evaluate.every=0", *overrides])
     return {key: summary[key] for key in ("steps", "held_out", "seconds", "rollouts")}
 
 
 def main() -> None:
-    overrides = sys.argv[1:]
-    prepare()
-    found = {"grpo": run("grpo", overrides)}
-    checkpoint = latest_checkpoint(RUNS / "grpo")
+    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
+    asked = [argument for argument in sys.argv[1:] if "=" not in argument] or ["sql"]
+    if len(asked) > 1 or asked[0] not in TOMLS:
+        sys.exit(f"{' '.join(asked)}: give one of {', '.join(TOMLS)}")
+    (tasks,) = asked
+    prepare() if tasks == "sql" else known_optimum.prepare(known_optimum.HERE)
+    found = {"grpo": run(tasks, "grpo", overrides)}
+    checkpoint = latest_checkpoint(RUNS / tasks / "grpo")
     assert checkpoint
-    found["sft"] = run("sft", [f"data.rollouts={RUNS / 'grpo'}", *overrides])
-    found["distill"] = run("distill", [f"algorithm.teacher={checkpoint.path}", *overrides])
-    save(RESULTS / "imitation.json", found)
+    found["sft"] = run(tasks, "sft", [f"data.rollouts={RUNS / tasks / 'grpo'}", *overrides])
+    found["distill"] = run(tasks, "distill", [f"algorithm.teacher={checkpoint.path}", *overrides])
+    save(RESULTS / "imitation" / f"{tasks}.json", found)
     print_gains({name: told["held_out"] for name, told in found.items()})
 
 
