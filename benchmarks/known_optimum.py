@@ -61,14 +61,14 @@ def run(algorithm: str, seed: int, overrides: list[str], toml: Path = HERE / "tr
     rewards = [row.get("reward", 0.0) for row in steps]
     smooth = [statistics.fmean(rewards[end - SMOOTHED : end]) for end in range(SMOOTHED, len(steps) + 1)]
     reached = [place + SMOOTHED for place, mean in enumerate(smooth) if mean >= REACHED * OPTIMUM]
-    until = sum(row["rollouts"] for row in steps[: reached[0]]) if reached else None
+    until = int(sum(row["rollouts"] for row in steps[: reached[0]])) if reached else None
     held_out = summary["held_out"]
     return {
         "seed": seed,
         "settings": [*ALGORITHMS[algorithm], *overrides],
         "before": held_out["before"],
         "after": held_out["after"],
-        "rollouts": sum(row["rollouts"] for row in steps),
+        "rollouts": int(sum(row["rollouts"] for row in steps)),
         "rollouts_until_reached": until,
         "seconds": sum(summary["seconds"].values()),
         "rewards": [round(reward, 3) for reward in rewards],
