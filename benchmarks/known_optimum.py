@@ -38,7 +38,7 @@ ALGORITHMS = {  # and what they need besides
     "rloo": ["algorithm.entropy=0.006"],  # its advantages are not normalised
     "reinforce_plus_plus": [],
     "ppo": [],
-    "gspo": [],
+    "gspo": ["algorithm.drop_flat_groups=false"],  # else a step whose groups are all flat has no entropy bonus either
     "cispo": [],
     "grpo_turns": ["algorithm.name=grpo", "algorithm.credit=turn"],
 }
