@@ -33,12 +33,13 @@ Row = dict[str, Any]
 OPTIMUM, REACHED = 1.0, 0.9
 SMOOTHED = 3  # steps: one alone may be lucky
 KINDS = ("string", "turns", "split")
+KEEP_FLAT = "algorithm.drop_flat_groups=false"  # else no entropy bonus where whole groups agree on what is not the best
 ALGORITHMS = {  # and what they need besides
     "grpo": [],
-    "rloo": ["algorithm.entropy=0.006"],  # its advantages are not normalised
+    "rloo": [KEEP_FLAT, "algorithm.entropy=0.006"],  # its advantages are not normalised
     "reinforce_plus_plus": [],
     "ppo": [],
-    "gspo": ["algorithm.drop_flat_groups=false"],  # else a step whose groups are all flat has no entropy bonus either
+    "gspo": [KEEP_FLAT],
     "cispo": [],
     "grpo_turns": ["algorithm.name=grpo", "algorithm.credit=turn"],
 }
