@@ -71,7 +71,7 @@ def submit_and_follow(config: Config, module: str, arguments: list[str]) -> int:
 
 @contextmanager
 def local_ray(config: Config) -> Iterator[str]:
-    """A Ray head on loopback ports, for the time of the block; also when this process is killed nothing of it stays.
+    """A Ray head with its dashboard on loopback, for the time of the block; also when this process is killed nothing of it stays.
 
     Yields the dashboard's address.
     """
