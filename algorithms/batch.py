@@ -18,7 +18,7 @@ from raygent.algorithms.shaping import overlong_penalty
 from raygent.algorithms.trajectory import Node, Trajectory, build, paths
 from raygent.algorithms.verl_names import ADVANTAGES
 from raygent.config import Config
-from raygent.records import UPSTREAM, Sample
+from raygent.records import SUCCEEDED, UPSTREAM, Sample
 
 LISTS = ["prompt_token_ids", "response_token_ids", "logprobs", "policy_versions"]
 PLAIN = ["rollout_id", "sequence", "agent", "temperature", "trainable", "own_tokens"]
@@ -442,7 +442,6 @@ def _metrics(
     turns = Counter(calls["rollout_id"].to_pylist())
     trajectories = [entry.trajectory for entry in entries if entry.trajectory]
     versions = [sample.policy_versions[sample.loss_mask] for sample in samples]
-    outcomes = Counter(row["outcome"] for row in tables["rollouts"].select(["outcome"]).to_pylist())
     metrics = {
         "reward": _mean(rewards),
         "reward_std": float(np.std(rewards)) if rewards else 0.0,
@@ -466,11 +465,6 @@ def _metrics(
     if versions:
         every = np.concatenate(versions)
         metrics |= {"version_oldest": float(every.min()), "version_mean": float(every.mean())}
-    failures = {
-        f"failed/{outcome}": float(count)
-        for outcome, count in outcomes.items()
-        if outcome not in (None, "", "succeeded")
-    }
     by_agent: Counter[str] = Counter()
     seen = [item for item in seen if any(len(node.tokens) for node in item.nodes)]  # an upstream's calls have none
     names = set(sorted({item.agent for item in seen})[:MOST_AGENTS])  # a client may name as many as it likes
@@ -479,7 +473,20 @@ def _metrics(
         by_agent[f"agents/{item.agent}/branches"] += item.branches
         by_agent[f"agents/{item.agent}/continued"] += sum(node.call["own_tokens"] > 0 for node in item.nodes)
     metrics = {name: value for name, value in metrics.items() if valid or name not in OF_ROLLOUTS}
-    return metrics | failures | {name: float(count) for name, count in by_agent.items()} | _upstreams(calls)
+    return (
+        metrics
+        | failed_by_outcome(tables["rollouts"])
+        | {name: float(count) for name, count in by_agent.items()}
+        | _upstreams(calls)
+    )
+
+
+def failed_by_outcome(rollouts: pa.Table) -> dict[str, float]:
+    """`failed/OUTCOME`: how many rollouts ended with each outcome but success."""
+    outcomes = Counter(rollouts["outcome"].to_pylist())
+    return {
+        f"failed/{outcome}": float(count) for outcome, count in outcomes.items() if outcome not in (None, "", SUCCEEDED)
+    }
 
 
 def repetition(tokens: np.ndarray) -> float:

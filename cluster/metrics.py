@@ -105,6 +105,7 @@ class RunLog:
         shown = [form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics]
         if "groups" in metrics:
             shown.append(f"{metrics['groups_flat']:.0f} of {metrics['groups']:.0f} groups without signal")
+        shown += failed_in(metrics)
         self.note(f"step {step + 1}/{self.config.run.steps} {', '.join(shown)}")
         if (acted := agents_in(metrics)) and not any(map(self.config.trains, acted)):
             self.note(f"agent.train: no agent that acted is trained; it names none of {', '.join(acted)}")
@@ -143,11 +144,14 @@ class RunLog:
             rows = [row for row in rows if row["step"] != step]
             rows.append({"step": step, **summary, "low": low, "high": high, "by_task": by_task, "digests": digests})
             rewrite(self.evaluations, sorted(rows, key=lambda row: row["step"]))
-        self.note(
-            f"evaluation at step {step}: reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}] on {summary['n']} tasks"
-            f"{', ' + str(summary['lost']) + ' lost to infrastructure' if summary['lost'] else ''}; "
-            f"{summary['several_calls_share']:.0%} of the rollouts made more than one call, mean reward {summary['several_calls_reward']:.3f}"
-        )
+        tasks = f"on {summary['n']} tasks"
+        if summary["lost"]:
+            tasks += f", {summary['lost']} lost to infrastructure"
+        several = f"{summary['several_calls_share']:.0%} of the rollouts made more than one call"
+        if summary["several_calls_share"]:
+            several += f", mean reward {summary['several_calls_reward']:.3f}"
+        reward = f"reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}]"
+        self.note(f"evaluation at step {step}: {'; '.join([f'{reward} {tasks}', several, *failed_in(summary)])}")
         table = {f"eval/{name}": value for name, value in summary.items()} | {"step": step}
         if self.config.wandb.mode != "disabled":
             table["eval/rollouts"] = self._best_and_worst(tables)
@@ -218,10 +222,13 @@ class RunLog:
                     f"NOTHING WAS TRAINED: agent.train names none of the agents that acted, {', '.join(sorted(acted))}"
                 )
             elif not summary["tokens"]["trained"]:
-                self.note(
-                    "NOTHING WAS TRAINED: no group had rewards that differ, or no rollout won; take tasks that the agent wins sometimes, a "
+                why = (
+                    "no rollout succeeded; mend what the lines above say of their failures"
+                    if kinds and not rollouts["succeeded"]
+                    else "no group had rewards that differ, or no rollout won; take tasks that the agent wins sometimes, a "
                     "reward with steps between, or a higher engine.temperature"
                 )
+                self.note(f"NOTHING WAS TRAINED: {why}")
         if found := summary["held_out"]:
             low, high = found["gain_ci95"]
             since = f" (at step {found['before_step']})" if found["before_step"] else ""
@@ -238,6 +245,14 @@ class RunLog:
 
 def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, [f"{json.dumps(row)}\n".encode() for row in rows])
+
+
+def failed_in(metrics: dict[str, float]) -> list[str]:
+    """How many rollouts failed and how, as a part of a line; none where none did."""
+    failed = [
+        f"{count:.0f} {name.removeprefix('failed/')}" for name, count in metrics.items() if name.startswith("failed/")
+    ]
+    return [f"failed: {', '.join(failed)}"] if failed else []
 
 
 def agents_in(metrics: dict[str, Any]) -> list[str]:

@@ -29,6 +29,7 @@ from raygent.actors.replay_store import ReplayStore
 from raygent.actors.segments import write_atomically
 from raygent.algorithms.curriculum import Groups
 from raygent.cluster.digests import evaluation_digest
+from raygent.cluster.failures import failures_to_tell
 from raygent.cluster.keeper import beside_the_driver, end_app, start_keeper, stop_keeper
 from raygent.cluster.pacer import Versions, measured_before, steps_to_admit
 from raygent.cluster.prompt_table import prompts_in_force, steps_done
@@ -67,6 +68,7 @@ class Parts:
         self.evaluates = not learn and not config.changes_prompts  # and so neither begins a run nor goes on with one
         if not (self.evaluates and (self.directory / "config.toml").is_file()):
             write_atomically(self.directory / "config.toml", [config.to_toml().encode()])
+        self.failures_told: set[str] = set()
         self.versions, self.depends_on = Versions(self.directory), evaluation_digest(config)
         self.spending = Spending(config)
         self.teacher = Teacher(config) if learn and config.algorithm.teacher_url else None
@@ -217,6 +219,8 @@ class Parts:
             self.check_upstreams()
         self.check_upstreams()
         tables = ray.get(self.store.take.remote(step, mode, spans, mode not in TRAINED))
+        for line in failures_to_tell(tables, self.failures_told):
+            print(line, flush=True)
         lost = sum(status == "lost" for status in tables["rollouts"]["status"].to_pylist())
         if self.learners and mode in TRAINED and lost > len(tables["rollouts"]) * MOST_LOST:
             with self.steps_kept():

@@ -14,8 +14,9 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ QUIET = NO_TELEMETRY | {
 HERE = "127.0.0.1"
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 30.0
+RAY_LOGS = Path(tempfile.gettempdir()) / "ray" / "session_latest" / "logs"
 STEP = re.compile(r"^step (\d+)/(\d+) (.*)")
 
 
@@ -65,15 +67,15 @@ def submit_and_follow(config: Config, module: str, arguments: list[str]) -> int:
         return _follow(
             address, module, arguments, {"working_dir": str(config.folder), "excludes": ["/runs/", "/wandb/"]}
         )
-    with local_ray(config) as dashboard:
-        return _follow(dashboard, module, arguments, {})
+    with local_ray(config) as (dashboard, check):
+        return _follow(dashboard, module, arguments, {}, check)
 
 
 @contextmanager
-def local_ray(config: Config) -> Iterator[str]:
+def local_ray(config: Config) -> Iterator[tuple[str, Callable[[], None]]]:
     """A Ray head with its dashboard on loopback, for the time of the block; also when this process is killed nothing of it stays.
 
-    Yields the dashboard's address.
+    Yields the dashboard's address, and what raises RuntimeError, with what Ray said, once it has ended.
     """
     port, dashboard = free_port(HERE), free_port(HERE)
     command = [
@@ -88,8 +90,9 @@ def local_ray(config: Config) -> Iterator[str]:
         print("starting Ray on this machine", flush=True)
         cluster = Supervised(command, Path.cwd(), environment, stdin=log, stdout=log, stderr=log)
         try:
-            _wait_for_port(dashboard, cluster, log)
-            yield f"http://127.0.0.1:{dashboard}"
+            check = partial(_check, cluster, log)
+            _wait_for_port(dashboard, check)
+            yield f"http://127.0.0.1:{dashboard}", check
         finally:
             cluster.stop()
             cluster.process.wait()
@@ -102,26 +105,39 @@ def cpus_needed(config: Config) -> int:
     return max(os.cpu_count() or 1, math.ceil(need))
 
 
-def _wait_for_port(port: int, cluster: Supervised, log: Any) -> None:
+def _check(cluster: Supervised, log: Any) -> None:
+    if cluster.process.poll() is not None:
+        log.seek(0)
+        said = log.read().decode(errors="replace")[-2000:].strip()
+        raise RuntimeError(f"Ray did not start; its logs are in {RAY_LOGS}. It said:\n{said}")
+
+
+def _wait_for_port(port: int, check: Callable[[], None]) -> None:
     deadline = time.monotonic() + START_DEADLINE_S
     while True:
         with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
+            if probe.connect_ex((HERE, port)) == 0:
                 return
-        if cluster.process.poll() is not None or time.monotonic() > deadline:
-            log.seek(0)
-            raise RuntimeError(f"Ray did not start:\n{log.read().decode(errors='replace')[-2000:]}")
+        check()
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"Ray did not start within {START_DEADLINE_S:.0f} s; its logs are in {RAY_LOGS}")
         time.sleep(0.2)
 
 
-def _follow(address: str, module: str, arguments: list[str], runtime_env: dict[str, Any]) -> int:
+def _follow(
+    address: str,
+    module: str,
+    arguments: list[str],
+    runtime_env: dict[str, Any],
+    check: Callable[[], None] = lambda: None,
+) -> int:
     from ray.job_submission import JobStatus, JobSubmissionClient
 
     logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)
     entrypoint = shlex.join([sys.executable if not runtime_env else "python", "-m", module, *arguments])
     job = f"raysubmit_{secrets.token_hex(8)}"
     submission = {"entrypoint": entrypoint, "submission_id": job, "runtime_env": runtime_env | {"env_vars": QUIET}}
-    client = _submit(JobSubmissionClient, address, submission)
+    client = _submit(JobSubmissionClient, address, submission, check)
     previous = signal.signal(signal.SIGTERM, _interrupt)
     try:
         asyncio.run(_tail(client, job))
@@ -143,9 +159,9 @@ def _follow(address: str, module: str, arguments: list[str], runtime_env: dict[s
     return info.driver_exit_code or 1
 
 
-def _submit(make: Any, address: str, submission: dict[str, Any]) -> Any:
+def _submit(make: Any, address: str, submission: dict[str, Any], check: Callable[[], None]) -> Any:
     """The client, once the job is accepted. A Ray that has just started takes jobs a little after its dashboard answers, and one
-    on a busy machine may break off while it does."""
+    on a busy machine may break off while it does; `check` raises once there is none any more."""
     deadline, broke_off = time.monotonic() + START_DEADLINE_S, False
     while True:
         try:
@@ -153,6 +169,7 @@ def _submit(make: Any, address: str, submission: dict[str, Any]) -> Any:
             client.submit_job(**submission)
             return client
         except (OSError, RuntimeError) as error:  # OSError: the connection
+            check()
             if broke_off and "already exists" in str(error):
                 return client
             broke_off = broke_off or isinstance(error, OSError)

@@ -89,7 +89,7 @@ def _tell_agent(config: Config) -> None:
         graded = grade_once(config, task.input, task.private, None)
         print(f"grader   {config.grader.run}: {graded.verdict.value:g} for no output, in {graded.seconds:.2f} s")
     except GraderError as error:
-        print(f"grader   {config.grader.run}: raised on no output: {str(error).strip().splitlines()[-1]}")
+        print(f"grader   {config.grader.run}: fails on no output: {str(error).strip().splitlines()[-1]}")
 
 
 def _tell_model(config: Config, memory: dict[str, float]) -> None:

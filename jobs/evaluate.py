@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raygent.actors.checkpoint import latest_checkpoint
+from raygent.algorithms.batch import failed_by_outcome
 from raygent.algorithms.pass_at_k import passes
 from raygent.cluster.pacer import eval_rollouts
 from raygent.config import Config, ConfigError
@@ -38,7 +40,7 @@ def evaluate(parts: Parts, tasks: list[Task]) -> tuple[dict[str, pa.Table], dict
 
     Rollouts of this step that the store has already stay as they are. Returns the store's tables of all of them and a
     summary: `reward` (the mean over tasks of the mean over a task's rollouts), `n` (tasks with a reward), `lost` (those that
-    infrastructure lost), `several_calls_share` (rollouts of more than one call) and `several_calls_reward` (mean reward of those), `calls` (a rollout), and with several `evaluate.samples` `pass@k`, where
+    infrastructure lost), `several_calls_share` (rollouts of more than one call) and `several_calls_reward` (mean reward of those), `calls` (a rollout), `failed/OUTCOME` (rollouts, with their reward), and with several `evaluate.samples` `pass@k`, where
     a reward of 1 passes.
     """
     rollouts = eval_rollouts(parts.config, tasks, parts.step, parts.version, parts.prompts, parts.depends_on)
@@ -66,14 +68,18 @@ def summarise(tables: dict[str, pa.Table]) -> dict[str, float]:
         if not np.isnan(reward):
             by_task[task].append(float(reward))
     tries = {task: [reward >= PASSED for reward in got] for task, got in by_task.items()}
-    return {
-        "reward": fmean(map(fmean, by_task.values())) if by_task else float("nan"),
-        "n": len(by_task),
-        "lost": pc.count_distinct(rollouts["task_id"]).as_py() - len(by_task),
-        "calls": float(turns.mean()) if len(turns) else 0.0,
-        "several_calls_share": float(again.mean()) if len(turns) else 0.0,
-        "several_calls_reward": float(rewards[again & known].mean()) if (again & known).any() else 0.0,
-    } | (passes(tries) if max(map(len, tries.values()), default=0) > 1 else {})
+    return (
+        {
+            "reward": fmean(map(fmean, by_task.values())) if by_task else float("nan"),
+            "n": len(by_task),
+            "lost": pc.count_distinct(rollouts["task_id"]).as_py() - len(by_task),
+            "calls": float(turns.mean()) if len(turns) else 0.0,
+            "several_calls_share": float(again.mean()) if len(turns) else 0.0,
+            "several_calls_reward": float(rewards[again & known].mean()) if (again & known).any() else 0.0,
+        }
+        | failed_by_outcome(rollouts)
+        | (passes(tries) if max(map(len, tries.values()), default=0) > 1 else {})
+    )
 
 
 def held_out_tasks(config: Config) -> list[Task]:
@@ -94,6 +100,8 @@ def evaluate_checkpoint(config: Config) -> None:
                 f"data.eval: no task has a reward, infrastructure lost all {summary['lost']}; see the last lines of the job's "
                 "log, mend it, and give the same command again"
             )
+        if not parts.step and not latest_checkpoint(config.run_directory):
+            print(f"{config.run_directory} has no checkpoint: this is {config.model.path}, untrained")
         print(f"step {parts.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
 
 

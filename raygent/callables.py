@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -61,9 +62,15 @@ def load_callable(run: str, folder: Path, key: str) -> Callable[..., Any]:
     module_name, _, name = run.partition(":")
     try:
         module = _import(module_name, folder)
+        if not hasattr(module, name):
+            near = difflib.get_close_matches(name, vars(module), 1)
+            mend = f"did you mean {near[0]}?" if near else "name one of its functions"
+            raise ConfigError(f"{key}: {module_name} has no {name!r}; {mend}")
         found = getattr(module, name)
         if inspect.isclass(found):
             found = found()
+    except ConfigError:
+        raise
     except (Exception, SystemExit) as error:  # the user's module may raise anything
         raise ConfigError(f"{key}: {run} cannot be imported: {type(error).__name__}: {str(error)[:300]}") from error
     if not callable(found):

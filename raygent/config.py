@@ -897,6 +897,8 @@ def _one_line(error: ValidationError) -> str:
         return f"{key}: a value, and not an upstream; each has a name: write [upstream.NAME] and its keys below it"
     if kind == "model_type":
         return f"{key}: a section, not the value {given}; {_MISSING.get(key, f'write [{key}] and its keys below it')}"
+    if kind == "list_type" and isinstance(first["input"], str):
+        return f"{key}: should be a list; write [{given}]"
     mend = _MENDS.get(key) or _MENDS.get(kind) or first["msg"].removeprefix("Input ")
     return f"{key}: {mend[0].lower() + mend[1:]}, not {given}"
 

@@ -125,7 +125,7 @@ WRONG_SECTIONS = {
     "no_data_train": ({"data": 'eval = "test.jsonl"'}, r'data\.train: missing; write train = "train.jsonl"'),
     "type": ({"run": 'steps = "ten"'}, r"run\.steps: should be a valid integer, not 'ten'"),
     "boolean_for_a_number": ({"run": "steps = true"}, r"run\.steps: should be a valid integer, not True"),
-    "text_for_a_list": ({"agent": 'run = "adder.py:answer"\ntrain = "a*"'}, r"agent\.train: should be a valid list"),
+    "text_for_a_list": ({"agent": 'run = "adder.py:answer"\ntrain = "a*"'}, r"agent\.train: should be a list; write \['a\*'\]"),
     "empty_list": ({"agent": 'run = "adder.py:answer"\ntrain = []'}, r"agent\.train: should have at least one entry"),
     "empty_command": ({"agent": "command = []"}, r"agent\.command: should have at least one entry"),
     "prompt_not_there": ({"prompts": 'writer = "writer.txt"'}, r"prompts\.writer: no file .*writer\.txt; give a text file"),
@@ -256,7 +256,7 @@ WRONG_SECTIONS = {
     "agent_names_no_function": ({"agent": 'run = "adder.py"'}, r"agent\.run: .*write .file\.py:function"),
     "no_agent_file": ({"agent": 'run = "ader.py:answer"'}, r"agent\.run: no file .*did you mean adder\.py\?"),
     "no_agent_module": ({"agent": 'run = "no_such:answer"'}, r"agent\.run: .* cannot be imported: ModuleNotFoundError"),
-    "no_agent_function": ({"agent": 'run = "adder.py:anser"'}, r"agent\.run: .* cannot be imported: AttributeError"),
+    "no_agent_function": ({"agent": 'run = "adder.py:anser"'}, r"agent\.run: adder\.py has no 'anser'; did you mean answer\?"),
     "agent_no_function": ({"agent": 'run = "adder.py:number"'}, r"agent\.run: .* is int, not a function; name a callable"),
     "agent_asks_too_much": ({"agent": 'run = "adder.py:greedy"'}, r"agent\.run: takes .* called with \(task, model\)"),
     "agent_raises": ({"agent": 'run = "broken.py:answer"'}, r"agent\.run: .* cannot be imported: RuntimeError: two lines"),
@@ -548,7 +548,7 @@ def test_the_command_as_a_process(project):
     for arguments, expected in (
         (["train", project / "trian.toml"], "no such config"),
         (["train", project / "train.toml", "run.stepz=3"], "raygent: run.stepz: unknown key; did you mean steps?"),
-        (["train", project / "train.toml", "agent.run=adder.py:anser"], "raygent: agent.run: adder.py:anser cannot be"),
+        (["train", project / "train.toml", "agent.run=adder.py:anser"], "raygent: agent.run: adder.py has no 'anser'"),
         (["train", project / "train.toml", "engine.enforce_eagr=true"], "did you mean enforce_eager?"),
     ):
         code, out, error = command(*arguments)

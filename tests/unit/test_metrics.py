@@ -12,10 +12,11 @@ from transformers import AutoTokenizer
 from raygent.actors.checkpoint import checkpoint_to_evaluate
 from raygent.algorithms.batch import make_samples
 from raygent.algorithms.prompt_search import Tree
+from raygent.cluster.failures import failures_to_tell
 from raygent.cluster.metrics import RunLog, best_step, choice_metrics, held_out, mismatch, read_lines, seconds_by_part
 from raygent.config import ConfigError
 from raygent.jobs.evaluate import evaluate, summarise, tasks_due
-from raygent.records import Task
+from raygent.records import ATTEMPTS, Task
 
 
 def evaluation(step: int, **by_task: float) -> dict:
@@ -182,6 +183,33 @@ def test_an_evaluation_that_lost_all_is_told_and_not_counted(log, capsys):
     assert read_lines(log.evaluations) == []
 
 
+def test_an_evaluation_tells_of_failures(log, capsys):
+    told = tables([rollout("a", "a", 1.0), rollout("b", "b", 0.0) | {"outcome": "timeout"}], [])
+    log.evaluation(0, told, summarise(told))
+    out = capsys.readouterr().out
+    assert out.endswith("0% of the rollouts made more than one call; failed: 1 timeout\n")
+    assert read_lines(log.evaluations)[0]["failed/timeout"] == 1
+
+
+def test_what_the_newest_error_of_a_kind_said_is_told_once():
+    rows = [
+        ("a", "succeeded", "", 1.0),
+        ("b", "agent_error", "Traceback\nKeyError: 'x'", 3.0),
+        ("c", "agent_error", "old", 2.0),
+    ]
+    attempts = [
+        dict.fromkeys(ATTEMPTS.names) | dict(zip(("rollout_id", "outcome", "error", "finished"), row, strict=True))
+        for row in rows
+    ]
+    found = tables([rollout(row[0], "a", 0.0) for row in rows], []) | {
+        "attempts": pa.Table.from_pylist(attempts, ATTEMPTS)
+    }
+    told = set()
+    (line,) = failures_to_tell(found, told)
+    assert line.startswith("agent_error: 2 of 3 rollouts, the newest: KeyError: 'x' (")
+    assert told == {"agent_error"} and failures_to_tell(found, told) == []
+
+
 def test_an_evaluation_counts_what_it_has(log):
     some = ended(1.0, None, 0.0)
     log.evaluation(0, some, summarise(some))
@@ -251,14 +279,17 @@ def test_an_evaluation_that_is_done_again_stays_in_its_place(log):
     assert [row["step"] for row in read_lines(log.evaluations)] == [0, 1]
 
 
-def test_a_run_that_trained_nothing_says_so(log, capsys):
+@pytest.mark.parametrize(
+    ("failed", "why"), [({}, "no group had rewards that differ"), ({"failed_grader_error": 4}, "no rollout succeeded")]
+)
+def test_a_run_that_trained_nothing_says_so(log, capsys, failed, why):
     metrics = {"reward": 1.0, "groups": 4.0, "groups_flat": 4.0, "tokens_sampled": 80.0, "tokens_trained": 0.0}
     log.step(0, metrics)
     log.wandb.summary, log.wandb.finish = {}, lambda: None
-    counts = {name: 0 for name in ("asked", "succeeded", "retried", "lost", "trained")}
+    counts = {name: 0 for name in ("asked", "succeeded", "retried", "lost", "trained")} | failed
     log.finish({"rollouts": counts, "seconds": {}, "policy_version": 1})
     said = capsys.readouterr().out
-    assert "4 of 4 groups without signal" in said and "NOTHING WAS TRAINED: no group" in said
+    assert "4 of 4 groups without signal" in said and f"NOTHING WAS TRAINED: {why}" in said
 
 
 def test_a_run_whose_agents_are_not_those_to_be_trained_says_so(log, capsys):
