@@ -91,7 +91,7 @@ def reward(
 
 
 def tables(rollouts: list[Any], calls: list[Call], rewards: list[Reward] | None = None) -> dict[str, pa.Table]:
-    rows = {"rollouts": rollouts, "calls": calls, "rewards": rewards or []}
+    rows = {"rollouts": rollouts, "attempts": [], "calls": calls, "rewards": rewards or []}
     return {name: pa.Table.from_batches([to_batch(SCHEMAS[name], records)]) for name, records in rows.items()}
 
 
