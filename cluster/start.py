@@ -41,6 +41,8 @@ HERE = "127.0.0.1"
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 30.0
 RAY_LOGS = Path(tempfile.gettempdir()) / "ray" / "session_latest" / "logs"
+# Ray's word of Serve's controller, which the run itself ends.
+ENDED_BY_US = re.compile(r"Task ServeController\.\w+ failed\. There are infinite retries .*killed by `ray\.kill`")
 STEP = re.compile(r"^step (\d+)/(\d+) (.*)")
 
 
@@ -142,7 +144,8 @@ def _follow(
     try:
         asyncio.run(_tail(client, job))
     except KeyboardInterrupt:
-        print("stopping", flush=True)
+        goes_on = "; given again, the command goes on from the last checkpoint" if module.endswith(".train") else ""
+        print(f"stopping{goes_on}", flush=True)
         client.stop_job(job)
         deadline = time.monotonic() + STOP_DEADLINE_S
         while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
@@ -191,6 +194,8 @@ async def _tail(client: Any, job: str) -> None:
     async for chunk in client.tail_job_logs(job):
         *lines, rest = (rest + chunk).split("\n")
         for line in lines:
+            if ENDED_BY_US.search(line):
+                continue
             step = STEP.match(line)
             if bar is not None and step:
                 bar.total, bar.n = int(step[2]), int(step[1])
