@@ -90,7 +90,7 @@ def _tell_agent(config: Config) -> None:
         print(f"grader   {config.grader.run}: {graded.verdict.value:g} for no output, in {graded.seconds:.2f} s")
     except GraderError as error:
         print(f"grader   {config.grader.run}: fails on no output: {str(error).strip().splitlines()[-1]}")
-        print("         a rollout that it fails on is a grader_error, and teaches nothing")
+        print("         a rollout that it fails on ends as grader_error, with grader.failed_reward")
 
 
 def _tell_model(config: Config, memory: dict[str, float]) -> None:
