@@ -1,6 +1,6 @@
 """Does GRPO here learn as TRL's GRPOTrainer does? The same model, tasks, seeds and hyperparameters.
 
-    uv run --with trl==1.16.0 python benchmarks/against_trl.py [--seeds N] [--steps N]
+    uv run --with trl==1.16.0 --with scipy python benchmarks/against_trl.py [--seeds N] [--steps N]
 
 The task is the one-turn string of known_optimum/agent.py, on a model of 0.1M random weights; a step is 16 tasks x 8 rollouts.
 Tells the mean training reward of each tenth of the run, over the seeds, side by side, and the difference of the mean over the
@@ -16,6 +16,7 @@ import tempfile
 
 import known_optimum
 import numpy as np
+from scipy.stats import ttest_ind
 from whole_runs import RESULTS, ROOT, save
 
 RUNS = ROOT / "runs" / "against_trl"
@@ -90,8 +91,6 @@ def main() -> None:
 
 def compared(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
     """The difference of the means of the seeds' values, and its 95 % interval."""
-    from scipy.stats import ttest_ind
-
     low, high = ttest_ind(ours, theirs, equal_var=False).confidence_interval()
     return float(ours.mean() - theirs.mean()), float(low), float(high)
 
