@@ -30,7 +30,7 @@ from vllm.v1.engine.output_processor import RequestState
 
 from raygent.actors.continuation import Prompt, Run, continued, reader
 from raygent.actors.gateway import CallContext, ReplicaAttempt, current_call
-from raygent.records import CALLS, Call, to_batch
+from raygent.records import CALLS, Call, last_line, to_batch
 
 logger = logging.getLogger("raygent.engine")
 
@@ -140,7 +140,7 @@ class CallRecorder:
             await self._send(calls)
         except FAILS as error:
             if not written.done():
-                written.set_exception(NotRecorded(str(error).splitlines()[-1]))
+                written.set_exception(NotRecorded(last_line(error)))
             return
         if not written.done():
             written.set_result(None)

@@ -9,7 +9,7 @@ from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
-from raygent.records import AttemptKey
+from raygent.records import AttemptKey, last_line
 
 CALL_TIMEOUT_S = 300.0
 LOST = (RayError, RayServeException, TimeoutError)
@@ -90,8 +90,3 @@ class EngineHandle:
 def _gone(error: Exception) -> bool:
     """Whether a replica's answer tells that it's not there; a RayTaskError is what it raised itself."""
     return isinstance(error, EngineUnavailable) or (isinstance(error, LOST) and not isinstance(error, RayTaskError))
-
-
-def last_line(error: Exception) -> str:
-    """What failed; before it Ray puts the stack of the actor it failed in."""
-    return str(error).rstrip().rpartition("\n")[2]

@@ -16,7 +16,7 @@ import subprocess
 import sys
 
 import whole_runs
-from whole_runs import ROOT, SQL, prepare, print_gains, save, train
+from whole_runs import ROOT, SQL, names_and_overrides, prepare, print_gains, save, train
 
 RUNS = ROOT / "runs" / "frameworks"
 RESULTS = whole_runs.RESULTS / "frameworks"
@@ -42,10 +42,7 @@ def run(name: str, overrides: list[str]) -> None:
 
 
 def main() -> None:
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
-    asked = [argument for argument in sys.argv[1:] if "=" not in argument] or list(EXAMPLE)
-    if unknown := set(asked) - set(EXAMPLE):
-        sys.exit(f"no example {', '.join(sorted(unknown))}; there are {', '.join(EXAMPLE)}")
+    asked, overrides = names_and_overrides(sys.argv[1:], EXAMPLE)
     for made in sorted({"prepare_crew.py" if name == "crew" else "prepare_tools.py" for name in asked}):
         prepare(made)
     if "node" in asked and not (SQL / "node" / "node_modules").is_dir():

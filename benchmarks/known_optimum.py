@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 import whole_runs
 from tiny_model import make_tiny_model
-from whole_runs import ROOT, save, train
+from whole_runs import ROOT, names_and_overrides, save, train
 
 from raygent.cluster.metrics import reward_axes
 
@@ -94,10 +94,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*")
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_intermixed_args()
-    overrides = [argument for argument in given.arguments if "=" in argument]
-    asked = [argument for argument in given.arguments if "=" not in argument] or list(ALGORITHMS)
-    if unknown := set(asked) - set(ALGORITHMS):
-        sys.exit(f"no {', '.join(sorted(unknown))} here; there are {', '.join(ALGORITHMS)}")
+    asked, overrides = names_and_overrides(given.arguments, ALGORITHMS)
     prepare(HERE)
     for algorithm in asked:
         found = [run(algorithm, seed, overrides) for seed in range(given.seeds)]

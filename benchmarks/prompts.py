@@ -13,7 +13,7 @@ import sys
 
 import pyarrow.parquet as pq
 from prompt_stub import serving
-from whole_runs import RESULTS, ROOT, SQL, prepare, print_gains, save, train
+from whole_runs import RESULTS, ROOT, SQL, names_and_overrides, prepare, print_gains, save, train
 
 RUNS = ROOT / "runs" / "prompts"
 OVERRIDES = {"apo": [], "gepa": ["run.steps=40"]}
@@ -30,10 +30,7 @@ def run(name: str, base_url: str, overrides: list[str]) -> dict:
 
 
 def main() -> None:
-    overrides = [argument for argument in sys.argv[1:] if "=" in argument]
-    asked = [argument for argument in sys.argv[1:] if "=" not in argument] or list(OVERRIDES)
-    if unknown := set(asked) - set(OVERRIDES):
-        sys.exit(f"no algorithm {', '.join(sorted(unknown))} here; there are {', '.join(OVERRIDES)}")
+    asked, overrides = names_and_overrides(sys.argv[1:], OVERRIDES)
     prepare()
     held_out = {}
     with serving() as base_url:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,17 @@ def train(toml: Path, folder: Path, overrides: list[str]) -> dict[str, Any]:
     where = [f"run.directory={folder.parent}", f"run.name={folder.name}"]
     subprocess.run([sys.executable, "-m", "raygent.cli", "train", str(toml), *where, *overrides], check=True)
     return json.loads((folder / "summary.json").read_text())
+
+
+def names_and_overrides(
+    arguments: list[str], known: Iterable[str], default: Iterable[str] = ()
+) -> tuple[list[str], list[str]]:
+    """The names and the `section.key=value` of a command line; without a name `default`, or all that are known. Ends the process
+    where one is unknown."""
+    names = [argument for argument in arguments if "=" not in argument]
+    if unknown := set(names) - set(known):
+        sys.exit(f"no {', '.join(sorted(unknown))} here; there are {', '.join(known)}")
+    return names or list(default or known), [argument for argument in arguments if "=" in argument]
 
 
 def save(path: Path, found: Any) -> None:

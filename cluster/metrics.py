@@ -105,7 +105,8 @@ class RunLog:
         shown = [form.format(metrics[name]) for name, form in SHOWN.items() if name in metrics]
         if "groups" in metrics:
             shown.append(f"{metrics['groups_flat']:.0f} of {metrics['groups']:.0f} groups without signal")
-        shown += failed_in(metrics)
+        if failed := counts_by_kind(metrics, "failed/"):
+            shown.append(f"failed: {failed}")
         self.note(f"step {step + 1}/{self.config.run.steps} {', '.join(shown)}")
         if (acted := agents_in(metrics)) and not any(map(self.config.trains, acted)):
             self.note(f"agent.train: no agent that acted is trained; it names none of {', '.join(acted)}")
@@ -151,7 +152,8 @@ class RunLog:
         if summary["several_calls_share"]:
             several += f", mean reward {summary['several_calls_reward']:.3f}"
         reward = f"reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}]"
-        self.note(f"evaluation at step {step}: {'; '.join([f'{reward} {tasks}', several, *failed_in(summary)])}")
+        failed = counts_by_kind(summary, "failed/")
+        self.note(f"evaluation at step {step}: {reward} {tasks}; {several}{'; failed: ' + failed if failed else ''}")
         table = {f"eval/{name}": value for name, value in summary.items()} | {"step": step}
         if self.config.wandb.mode != "disabled":
             table["eval/rollouts"] = self._best_and_worst(tables)
@@ -207,10 +209,9 @@ class RunLog:
         self.wandb.finish()
         draw_curve(steps, evaluations, self.directory / "curve.png")
         rollouts = counts["rollouts"]
-        kinds = {name.removeprefix("failed_"): n for name, n in rollouts.items() if name.startswith("failed_")}
-        failed = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "none"
+        failed = counts_by_kind(rollouts, "failed_")
         self.note(
-            f"rollouts: {rollouts['asked']} asked, {rollouts['succeeded']} succeeded, failed: {failed}; "
+            f"rollouts: {rollouts['asked']} asked, {rollouts['succeeded']} succeeded, failed: {failed or 'none'}; "
             f"{rollouts['retried']} retried, {rollouts['lost']} lost, {rollouts['trained']} trained"
         )
         if steps and "groups" in steps[0]:
@@ -224,7 +225,7 @@ class RunLog:
             elif not summary["tokens"]["trained"]:
                 why = (
                     "no rollout succeeded; mend what the lines above say of their failures"
-                    if kinds and not rollouts["succeeded"]
+                    if failed and not rollouts["succeeded"]
                     else "no group had rewards that differ, or no rollout won; take tasks that the agent wins sometimes, a "
                     "reward with steps between, or a higher engine.temperature"
                 )
@@ -247,12 +248,11 @@ def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, [f"{json.dumps(row)}\n".encode() for row in rows])
 
 
-def failed_in(metrics: dict[str, float]) -> list[str]:
-    """How many rollouts failed and how, as a part of a line; none where none did."""
-    failed = [
-        f"{count:.0f} {name.removeprefix('failed/')}" for name, count in metrics.items() if name.startswith("failed/")
-    ]
-    return [f"failed: {', '.join(failed)}"] if failed else []
+def counts_by_kind(counts: dict[str, float], prefix: str) -> str:
+    """As "3 timeout, 1 agent_error": those of the names that begin with `prefix`; empty where none does."""
+    return ", ".join(
+        f"{count:.0f} {name.removeprefix(prefix)}" for name, count in counts.items() if name.startswith(prefix)
+    )
 
 
 def agents_in(metrics: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ import ray
 
 from raygent.actors.checkpoint import Checkpoint, checkpoint_to_evaluate, latest_checkpoint
 from raygent.actors.critic import Critic
-from raygent.actors.engine_handle import EngineFailed, EngineUnavailable, last_line
+from raygent.actors.engine_handle import EngineFailed, EngineUnavailable
 from raygent.actors.learner import LearnerGroup, LearnerLost
 from raygent.actors.reference import Reference
 from raygent.actors.replay_store import ReplayStore
@@ -39,7 +39,7 @@ from raygent.cluster.start import cpus_needed
 from raygent.cluster.teacher import Teacher
 from raygent.cluster.worker_pool import WorkerPool
 from raygent.config import Config, ConfigError
-from raygent.records import Rollout, Sample
+from raygent.records import Rollout, Sample, last_line
 
 logger = logging.getLogger("raygent")
 NAMESPACE = "raygent"

@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, RayError
 
 from raygent.actors.rollout_worker import make_worker
 from raygent.config import Config
+from raygent.records import last_line
 
 logger = logging.getLogger("raygent")
 LOOK_S = 0.5
@@ -80,7 +81,7 @@ class WorkerPool:
             try:
                 why = ray.get(ref)
             except RayError as error:
-                why = str(error).strip().splitlines()[-1]
+                why = last_line(error)
             ray.kill(actor)
             if ref in self.leaving:
                 self.leaving.discard(ref)

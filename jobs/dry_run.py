@@ -24,7 +24,7 @@ from raygent.jobs.check import (
     submits,
     template_of,
 )
-from raygent.records import to_json
+from raygent.records import last_line, to_json
 
 # Resident memory of the processes beside what is in them; measured with a small model on CPU.
 LEARNER_PROCESS, ENGINE_PROCESSES, WORKER_PROCESS = 1.0 * 2**30, 1.8 * 2**30, 0.3 * 2**30
@@ -89,7 +89,7 @@ def _tell_agent(config: Config) -> None:
         graded = grade_once(config, task.input, task.private, None)
         print(f"grader   {config.grader.run}: {graded.verdict.value:g} for no output, in {graded.seconds:.2f} s")
     except GraderError as error:
-        print(f"grader   {config.grader.run}: fails on no output: {str(error).strip().splitlines()[-1]}")
+        print(f"grader   {config.grader.run}: fails on no output: {last_line(error)}")
         print("         a rollout that it fails on ends as grader_error, with grader.failed_reward")
 
 

@@ -318,6 +318,11 @@ def utf8(value: Any) -> Any:
     return value.encode(errors="backslashreplace").decode() if isinstance(value, str) else value
 
 
+def last_line(error: object) -> str:
+    """Of an error's text what failed; before it stand a traceback, and Ray's stack of the actor it failed in."""
+    return str(error).rstrip().rpartition("\n")[2]
+
+
 @dataclass
 class Sample:
     """One path of a trajectory as a learner takes it. All arrays have length T = len(token_ids).
