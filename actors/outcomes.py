@@ -14,6 +14,7 @@ NO_CALL = (
     "the agent made no model call with this attempt's endpoint: does it use the base_url and api_key it is given? A "
     'framework with one client for the whole process needs agent.in = "subprocess"'
 )
+UNANSWERED = "(no call with this attempt's base_url was answered before that)"
 
 
 def outcome_of(ended: Ended, closed: dict[str, dict[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from raygent.actors.agent_runner import AgentRunner, AttemptRecorder, Ended
 from raygent.actors.engine_handle import EngineError
 from raygent.actors.gateway import mint_key
 from raygent.actors.grading import Grader, GraderError, timed_out
-from raygent.actors.outcomes import NO_CALL, engine_failed, gave_up, outcome_of
+from raygent.actors.outcomes import NO_CALL, UNANSWERED, engine_failed, gave_up, outcome_of
 from raygent.actors.working_folder import localised, working_folder
 from raygent.callables import TEXT, ModelEndpoint, Verdict, plain, read_verdict
 from raygent.config import OPTIMISER, Config
@@ -182,9 +182,12 @@ class RolloutWorker:
         self, lease: Lease, ended: Ended, closed: Closed, recorder: AttemptRecorder
     ) -> tuple[str, str, Verdict | None]:
         """Outcome, error text and reward of an attempt that the engine did not spoil."""
+        answered = any(of["calls"] for of in closed.values())
         if ended.how != "returned":
-            return outcome_of(ended, closed), ended.error, None
-        if not any(of["calls"] for of in closed.values()):
+            outcome = outcome_of(ended, closed)
+            unasked = not answered and outcome in ("agent_error", "timeout")
+            return outcome, f"{ended.error.rstrip()} {UNANSWERED}" if unasked else ended.error, None
+        if not answered:
             refused = outcome_of(ended, closed)
             if refused != "agent_error":
                 return refused, "the agent returned, though every call of it was refused", None

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from raygent.actors.segments import write_atomically
 from raygent.algorithms.curriculum import Groups
-from raygent.algorithms.intervals import mean_interval, paired_gain
+from raygent.algorithms.intervals import paired_gain
 from raygent.cluster.alarms import ALARMS, SPAN, signs
 from raygent.cluster.digests import digest, judge_digest
 from raygent.cluster.task_choice import expected_by_task
@@ -134,7 +134,6 @@ class RunLog:
                 f"evaluation at step {step}: no reward, infrastructure lost all {summary['lost']} tasks; it is not counted"
             )
             return
-        low, high = mean_interval(list(by_task.values()))
         trained = [row["reward"] for row in read_lines(self.lines) if row["step"] < step and "reward" in row][-SPAN:]
         if trained and not self.config.recorded:  # how much better it does on what it was trained on
             summary = summary | {"gap": sum(trained) / len(trained) - summary["reward"]}
@@ -143,17 +142,9 @@ class RunLog:
         partial = step not in (0, self.config.run.steps)
         if not (partial and any(row["step"] == step and row["by_task"].keys() > by_task.keys() for row in rows)):
             rows = [row for row in rows if row["step"] != step]
-            rows.append({"step": step, **summary, "low": low, "high": high, "by_task": by_task, "digests": digests})
+            rows.append({"step": step, **summary, "by_task": by_task, "digests": digests})
             rewrite(self.evaluations, sorted(rows, key=lambda row: row["step"]))
-        tasks = f"on {summary['n']} tasks"
-        if summary["lost"]:
-            tasks += f", {summary['lost']} lost to infrastructure"
-        several = f"{summary['several_calls_share']:.0%} of the rollouts made more than one call"
-        if summary["several_calls_share"]:
-            several += f", mean reward {summary['several_calls_reward']:.3f}"
-        reward = f"reward {summary['reward']:.3f} [{low:.3f}, {high:.3f}]"
-        failed = counts_by_kind(summary, "failed/")
-        self.note(f"evaluation at step {step}: {reward} {tasks}; {several}{'; failed: ' + failed if failed else ''}")
+        self.note(evaluation_line(step, summary))
         table = {f"eval/{name}": value for name, value in summary.items()} | {"step": step}
         if self.config.wandb.mode != "disabled":
             table["eval/rollouts"] = self._best_and_worst(tables)
@@ -242,6 +233,23 @@ class RunLog:
                 "no gain to tell: the first evaluation and the last have no task in common with the same gold and grader"
             )
         self.note(f"summary {self.directory / 'summary.json'}, curve {self.directory / 'curve.png'}")
+
+
+def evaluation_line(step: int, summary: dict[str, float]) -> str:
+    """What an evaluation found (see summarise() in jobs/evaluate.py), means with their 95 % intervals."""
+    reward = f"reward {summary['reward']:.3f} [{summary['low']:.3f}, {summary['high']:.3f}] on {summary['n']} tasks"
+    if summary["lost"]:
+        reward += f", {summary['lost']} lost to infrastructure"
+    several = f"{summary['several_calls_share']:.0%} of the rollouts made more than one call"
+    if summary["several_calls_share"]:
+        several += f", mean reward {summary['several_calls_reward']:.3f}"
+    parts = [f"evaluation at step {step}: {reward}", several]
+    for name, value in summary.items():
+        if name.startswith("pass@") and "/" not in name:
+            parts.append(f"{name} {value:.3f} [{summary[name + '/low']:.3f}, {summary[name + '/high']:.3f}]")
+    if failed := counts_by_kind(summary, "failed/"):
+        parts.append(f"failed: {failed}")
+    return "; ".join(parts)
 
 
 def rewrite(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -44,6 +44,7 @@ from raygent.records import Rollout, Sample, last_line
 logger = logging.getLogger("raygent")
 NAMESPACE = "raygent"
 HEAL_EVERY_S = 5.0
+TELL_EVERY_S = 60.0  # how many rollouts are open
 MOST_RESTARTS = 5  # of the learners from one checkpoint
 TRAINED = ("train", "greedy")  # modes of rollouts
 MOST_LOST = 0.5  # of a step's rollouts
@@ -211,8 +212,11 @@ class Parts:
         Raises ConfigError, with all steps done safe in a checkpoint, where infrastructure lost most of what was to be trained on:
         an outage would use up one step after the other.
         """
+        told = time.monotonic()
         while still_open := ray.get(self.store.wait.remote(step, mode, HEAL_EVERY_S)):
-            logger.info("step %d: %d %s rollouts open", step, still_open, mode)
+            if time.monotonic() - told > TELL_EVERY_S:
+                print(f"step {step}: {still_open} {mode} rollouts still run or wait", flush=True)
+                told = time.monotonic()
             if self.pool.broken:
                 raise RuntimeError(self.pool.broken)
             self.heal()

@@ -40,6 +40,7 @@ QUIET = NO_TELEMETRY | {
 HERE = "127.0.0.1"
 START_DEADLINE_S = 180.0
 STOP_DEADLINE_S = 30.0
+SAID_BY_THE_JOB = (1, 2)  # exit codes of a job whose own last lines, its log's, tell why
 RAY_LOGS = Path(tempfile.gettempdir()) / "ray" / "session_latest" / "logs"
 # Ray's word of Serve's controller, which the run itself ends.
 ENDED_BY_US = re.compile(r"Task ServeController\.\w+ failed\. There are infinite retries .*killed by `ray\.kill`")
@@ -158,7 +159,8 @@ def _follow(
     info = client.get_job_info(job)
     if info.status == JobStatus.SUCCEEDED:
         return 0
-    print(f"job {job} {info.status.lower()}: {info.message}", file=sys.stderr)
+    if info.driver_exit_code is None or info.driver_exit_code not in SAID_BY_THE_JOB:
+        print(f"job {job} {info.status.lower()}: {info.message}", file=sys.stderr)
     return info.driver_exit_code or 1
 
 

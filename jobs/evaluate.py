@@ -13,7 +13,9 @@ import pyarrow.compute as pc
 
 from raygent.actors.checkpoint import latest_checkpoint
 from raygent.algorithms.batch import failed_by_outcome
+from raygent.algorithms.intervals import mean_interval
 from raygent.algorithms.pass_at_k import passes
+from raygent.cluster.metrics import evaluation_line
 from raygent.cluster.pacer import eval_rollouts
 from raygent.config import Config, ConfigError
 from raygent.data_files import load_tasks
@@ -39,7 +41,7 @@ def evaluate(parts: Parts, tasks: list[Task]) -> tuple[dict[str, pa.Table], dict
     """Run the tasks at the version served now, which stays pinned until they have ended.
 
     Rollouts of this step that the store has already stay as they are. Returns the store's tables of all of them and a
-    summary: `reward` (the mean over tasks of the mean over a task's rollouts), `n` (tasks with a reward), `lost` (those that
+    summary: `reward` (the mean over tasks of the mean over a task's rollouts), `low` and `high` (its 95 % bootstrap interval over tasks), `n` (tasks with a reward), `lost` (those that
     infrastructure lost), `several_calls_share` (rollouts of more than one call) and `several_calls_reward` (mean reward of those), `calls` (a rollout), `failed/OUTCOME` (rollouts, with their reward), and with several `evaluate.samples` `pass@k`, where
     a reward of 1 passes.
     """
@@ -68,9 +70,13 @@ def summarise(tables: dict[str, pa.Table]) -> dict[str, float]:
         if not np.isnan(reward):
             by_task[task].append(float(reward))
     tries = {task: [reward >= PASSED for reward in got] for task, got in by_task.items()}
+    means = [fmean(got) for got in by_task.values()]
+    low, high = mean_interval(means) if means else (float("nan"), float("nan"))
     return (
         {
-            "reward": fmean(map(fmean, by_task.values())) if by_task else float("nan"),
+            "reward": fmean(means) if means else float("nan"),
+            "low": low,
+            "high": high,
             "n": len(by_task),
             "lost": pc.count_distinct(rollouts["task_id"]).as_py() - len(by_task),
             "calls": float(turns.mean()) if len(turns) else 0.0,
@@ -102,7 +108,7 @@ def evaluate_checkpoint(config: Config) -> None:
             )
         if not parts.step and not latest_checkpoint(config.run_directory):
             print(f"{config.run_directory} has no checkpoint: this is {config.model.path}, untrained")
-        print(f"step {parts.step}: " + ", ".join(f"{name} {value:.4g}" for name, value in summary.items()))
+        print(evaluation_line(parts.step, summary))
 
 
 if __name__ == "__main__":

@@ -53,9 +53,11 @@ def test_train_then_evaluate_its_checkpoint(folder):
 
     # The same tasks at the same version are there already; others are asked anew, of the checkpoint's weights.
     (folder / "other.jsonl").write_text('{"id": "other", "input": "Say a long word."}\n')
-    assert f"step 2: reward {summary['held_out']['after']:.4g}, n 8," in raygent(folder, "evaluate", "run.toml")
-    assert "step 2: reward" in (other := raygent(folder, "evaluate", "run.toml", "data.eval=other.jsonl"))
-    assert ", n 1, lost 0, calls 2," in other
+    assert f"evaluation at step 2: reward {summary['held_out']['after']:.3f} [" in raygent(
+        folder, "evaluate", "run.toml"
+    )
+    assert "evaluation at step 2: reward" in (other := raygent(folder, "evaluate", "run.toml", "data.eval=other.jsonl"))
+    assert "] on 1 tasks; 100% of the rollouts made more than one call" in other
     calls = pq.read_table(run / "store" / "calls").to_pylist()
     versions = {v for call in calls if call["rollout_id"].startswith("eval-000002") for v in call["policy_versions"]}
     assert versions == {summary["policy_version"]}

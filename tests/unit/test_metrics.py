@@ -13,7 +13,16 @@ from raygent.actors.checkpoint import checkpoint_to_evaluate
 from raygent.algorithms.batch import make_samples
 from raygent.algorithms.prompt_search import Tree
 from raygent.cluster.failures import failures_to_tell
-from raygent.cluster.metrics import RunLog, best_step, choice_metrics, held_out, mismatch, read_lines, seconds_by_part
+from raygent.cluster.metrics import (
+    RunLog,
+    best_step,
+    choice_metrics,
+    evaluation_line,
+    held_out,
+    mismatch,
+    read_lines,
+    seconds_by_part,
+)
 from raygent.config import ConfigError
 from raygent.jobs.evaluate import evaluate, summarise, tasks_due
 from raygent.records import ATTEMPTS, Task
@@ -128,6 +137,17 @@ def test_an_evaluation_tells_by_how_much_training_is_ahead(log):
     log.evaluation(8, tasks, summarise(tasks))
     assert read_lines(log.evaluations)[0]["gap"] == pytest.approx(0.25)
     assert log.wandb.rows[-1]["eval/gap"] == pytest.approx(0.25)
+
+
+def test_the_line_of_an_evaluation_has_intervals_and_failures():
+    rows = [rollout(f"r{n}", f"t{n // 2}", float(n == 0)) for n in range(4)]
+    rows[3] |= {"status": "failed", "outcome": "timeout"}
+    summary = summarise(tables(rows, []))
+    assert (summary["reward"], summary["pass@2"]) == (0.25, 0.5)
+    assert evaluation_line(7, summary) == (
+        "evaluation at step 7: reward 0.250 [0.000, 0.500] on 2 tasks; 0% of the rollouts made more than one call; "
+        "pass@1 0.250 [0.000, 0.500]; pass@2 0.500 [0.000, 1.000]; failed: 1 timeout"
+    )
 
 
 def test_the_best_and_the_worst_rollouts_of_an_evaluation_are_shown_with_what_was_said(log):

@@ -14,6 +14,7 @@ import ray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tiny_engine import start_tiny_engine
 
+from raygent.actors.outcomes import UNANSWERED
 from raygent.actors.replay_store import ReplayStore
 from raygent.actors.rollout_worker import make_worker
 from raygent.actors.working_folder import localised, working_folder
@@ -40,6 +41,8 @@ async def ask(model, text="hello"):
 async def answer(task, model):
     if task == "no call":
         return "yes"
+    if task == "other model":
+        raise ConnectionError("refused")
     if task == "named":
         return await ask(model.agent("planner"))
     if task == "greedy":
@@ -170,8 +173,8 @@ def setup(cluster, tmp_path):
 
 def test_outcomes_with_a_grader(setup):
     tasks = ["fine", "wrong", "ungradable", "named", "no call", "raises", "hangs", "overflow", "greedy"]
-    tasks += ["no json", "deep", "swallows"]
-    private = ["yes", "no", "bad", *["yes"] * 9]
+    tasks += ["no json", "deep", "swallows", "other model"]
+    private = ["yes", "no", "bad", *["yes"] * 10]
     on = setup("answer", grader="graded.py:grade", timeout_s=15.0)
     worker, running = on.worker()
     on.ask(tasks, private)
@@ -190,6 +193,7 @@ def test_outcomes_with_a_grader(setup):
         "no json": ("failed", "agent_error", -1.0),
         "deep": ("failed", "agent_error", -1.0),
         "swallows": ("failed", "context_overflow", -1.0),
+        "other model": ("failed", "agent_error", -1.0),
     }
     assert all(row["attempts"] == 1 for row in ended.values())
     assert [call["agent"] for call in ended["named"]["calls"]] == ["planner"]
@@ -197,6 +201,8 @@ def test_outcomes_with_a_grader(setup):
     assert json.loads(ended["fine"]["rewards"][0]["components"]) == {"length": 3.0}
     for task, words in {"no call": "base_url", "raises": "LookupError: no table", "ungradable": "bad gold"}.items():
         assert words in ended[task]["error"]
+    assert [task for task, row in ended.items() if UNANSWERED in row["error"]] == ["other model"]
+    assert ended["other model"]["error"].endswith(f"ConnectionError: refused {UNANSWERED}")
     ray.get(worker.stop.remote())
     assert ray.get(running) == "stopped"
 
