@@ -13,7 +13,6 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 from zlib import crc32
@@ -27,6 +26,7 @@ from raygent.actors.engine_handle import EngineUnavailable
 from raygent.actors.environment import NO_TELEMETRY, offline
 from raygent.actors.front_door import FrontDoor
 from raygent.actors.gateway import Gateway, ReplicaAttempt
+from raygent.actors.scratch import Scratch
 from raygent.actors.weight_transfer import BACKEND, node_name
 from raygent.config import POLICY, Config
 from raygent.families import NONE
@@ -141,7 +141,7 @@ class Engine:
         self.begun = False  # vLLM is inside an update of its weights
         self.holds: int | None = -1  # the version of the weights; None from an update's start to its finish
         self.parameters: dict[str, list[int]] = {}  # name and shape of what an update has to bring
-        self.adapters = TemporaryDirectory(prefix="raygent-adapters-")  # as files, for vLLM reads nothing else
+        self.scratch = Scratch()
         self.lock = asyncio.Lock()
 
     async def __serve_build_asgi_app__(self) -> Gateway:
@@ -203,6 +203,10 @@ class Engine:
         self.door = FrontDoor(self.gateway, engine.host)
         self.door.open()
         return self.gateway
+
+    def __del__(self) -> None:
+        """Serve calls it where a replica ends in good order."""
+        self.scratch.remove()
 
     async def check_health(self) -> None:
         if hasattr(self, "llm"):
@@ -375,7 +379,7 @@ class Engine:
         """In place of the one that the policy had: requests that run go on with it."""
         from vllm.lora.request import LoRARequest
 
-        folder = Path(self.adapters.name) / name
+        folder = self.scratch.path / "adapters" / name  # as files, for vLLM reads nothing else
         write_files(files, folder)
         number = self.config.adapters.index(name) + 1
         await self.llm.add_lora(LoRARequest(name, number, str(folder), load_inplace=True))
