@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from raygent.algorithms.episodes import Episodes
-from raygent.algorithms.named import NAMES, algorithm
+from raygent.algorithms.named import NAMES, PROMPT_NAMES, algorithm
 from raygent.config import Algorithm, load
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +98,13 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_config_and_the_overrides_of_a_command_are_sound(example: Path, words: list[str]) -> None:
     toml, *overrides = words
     load(example / toml, overrides)
+
+
+@pytest.mark.parametrize("name", NAMES + PROMPT_NAMES)
+def test_the_sql_example_takes_every_algorithm_by_its_name(example: Path, name: str) -> None:
+    teacher = ["algorithm.teacher=model"] if name == "distill" else []
+    toml = "prompts.toml" if name in PROMPT_NAMES else "train.toml"
+    load(example / toml, [f"algorithm.name={name}", *teacher])
 
 
 def test_the_algorithm_that_is_shown_is_one():
