@@ -24,7 +24,7 @@ sys.path.insert(0, str(known_optimum.HERE))
 
 from agent import LENGTH, asked, share  # noqa: E402
 
-TASKS, GROUP, RATE, BETAS, CLIP = 16, 8, 3e-3, (0.9, 0.95), 0.2
+TASKS, GROUP, RATE, BETAS, CLIP = 16, 8, 1e-3, (0.9, 0.95), 0.2
 MARGIN = 0.1  # of a mean reward, whose optimum is 1
 
 
@@ -63,8 +63,8 @@ def theirs(seed: int, steps: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=40)
     given = parser.parse_args()
     known_optimum.prepare(known_optimum.HERE, ("string",))
     curves = {"raygent": [], "trl": []}
