@@ -15,6 +15,7 @@ from safetensors.torch import save
 
 from raygent.actors.weight_transfer import EngineUpdates, full_parameters
 from raygent.config import Config
+from raygent.records import last_line
 
 FOLDER = "adapters"  # of a checkpoint: NAME/adapter_config.json, NAME/adapter_model.safetensors
 Files = dict[str, bytes]  # of one adapter, by name
@@ -33,7 +34,10 @@ def add_adapters(model: Any, config: Config) -> Any:
         target_modules=lora.targets or "all-linear",
         task_type="CAUSAL_LM",
     )
-    peft = get_peft_model(model, copy(one), adapter_name=first)
+    try:
+        peft = get_peft_model(model, copy(one), adapter_name=first)
+    except ValueError as error:
+        raise ValueError(f"learner.lora.targets: {last_line(error)}; name linear layers of the model") from error
     for name in others:
         peft.add_adapter(name, copy(one))
     use(peft, config.adapters[0])

@@ -65,13 +65,16 @@ def checkpoint_to_evaluate(config: Config) -> Checkpoint | None:
 
 
 def _checkpoints(run_directory: Path) -> list[Checkpoint]:
-    """All complete ones: a folder gets its name only once all of it is written."""
+    """All complete ones: a folder gets its name only once all of it is written. Raises ConfigError for one that was damaged."""
     found = []
     for path in (run_directory / "checkpoints").glob("step-*"):
-        about = json.loads((path / "raygent.json").read_text())
-        found.append(
-            Checkpoint(
-                path, about["step"], about["version"], about.get("laid_out", {}), prompts=about.get("prompts", {})
-            )
-        )
+        try:
+            about = json.loads((path / "raygent.json").read_text())
+            step, version = about["step"], about["version"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"run.name: {path} is damaged, its raygent.json is not whole ({error!r}); move that folder away to go on from the "
+                "checkpoint before"
+            ) from error
+        found.append(Checkpoint(path, step, version, about.get("laid_out", {}), prompts=about.get("prompts", {})))
     return found

@@ -63,7 +63,7 @@ def theirs(seed: int, steps: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=40)
     given = parser.parse_args()
     known_optimum.prepare(known_optimum.HERE, ("string",))

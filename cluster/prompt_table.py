@@ -15,7 +15,7 @@ from raygent.actors.segments import write_atomically
 from raygent.actors.store_tables import read_parquet, write_parquet
 from raygent.cluster.digests import digest, evaluation_digest
 from raygent.cluster.metrics import read_lines
-from raygent.config import Config
+from raygent.config import Config, ConfigError
 from raygent.records import PROMPTS, PromptVersion, Task, to_batch
 
 Row = dict[str, Any]
@@ -35,9 +35,15 @@ def note_begun(config: Config, tasks: list[Task]) -> None:
 
 
 def begun_by(run_directory: Path) -> dict[str, str] | None:
-    """scored_by() as the run was begun; None of one not begun."""
+    """scored_by() as the run was begun; None of one not begun. Raises ConfigError."""
     file = run_directory / BEGUN
-    return json.loads(file.read_text()) if file.is_file() else None
+    try:
+        found = json.loads(file.read_text())
+        return {name: found[name] for name in ("tasks", "rest")}
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"run.name: {file} is not whole ({error!r}); delete it to go on with the run") from error
 
 
 def file_of(store: Path) -> Path:

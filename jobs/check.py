@@ -22,6 +22,7 @@ from typing import Any
 from raygent.actors.checkpoint import checkpoint_to_evaluate, laid_out, latest_checkpoint
 from raygent.actors.file_lock import lock
 from raygent.actors.grading import Grader
+from raygent.actors.segments import StoreDamaged
 from raygent.actors.subprocess_agent import (
     JOB_COPIES,
     PROMPTS_BYTES,
@@ -36,7 +37,7 @@ from raygent.cluster.prompt_table import begun_by, read_prompts, scored_by
 from raygent.config import Config, ConfigError, homes_of, keys_of
 from raygent.data_files import load_tasks
 from raygent.families import NONE, parsers
-from raygent.jobs.recorded import batch_of, check_chats
+from raygent.jobs.recorded import check_chats, check_rollouts
 from raygent.prompts import PROMPTS_VARIABLE
 from raygent.records import Task
 
@@ -72,8 +73,8 @@ def check(config: Config, learn: bool = True) -> None:
     elif config.run_directory.exists() or not submits():
         checkpoint_to_evaluate(config)
     _check_data(config)
-    _check_prompts(config)
     _check_model(config)
+    _check_prompts(config)  # behind the model, whose parsers are part of what prompts are scored by
     _check_recorded(config)
     _check_teacher(config)
     _check_critic(config)
@@ -176,7 +177,12 @@ def _check_data(config: Config) -> None:
 
 def _check_recorded(config: Config) -> None:
     if config.data.rollouts and (begun := Path(config.data.rollouts) / "config.toml").is_file():
-        theirs = tomllib.loads(begun.read_text())["model"]["path"]
+        try:
+            theirs = tomllib.loads(begun.read_text())["model"]["path"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"data.rollouts: {begun} is not whole ({error!r}); give another run, or delete that file"
+            ) from error
         if not _same_tokenizer(theirs, config.model.path):
             raise ConfigError(
                 f"data.rollouts: its tokens are of {theirs}, which has another tokenizer than {config.model.path}; give a run "
@@ -189,7 +195,7 @@ def _check_recorded(config: Config) -> None:
             raise ConfigError(
                 f"data.rollouts: {config.data.rollouts} is a run that goes on; wait for its end, or stop it"
             )
-        batch_of(config, 0)
+        check_rollouts(config)
     if config.data.chats:
         check_chats(config, config.model.context or about_model(config).get("max_position_embeddings") or 0)
 
@@ -269,7 +275,11 @@ def _check_prompts(config: Config) -> None:
             f"{section}.selection_tasks: {search.selection_tasks} of the {len(tasks)} tasks of data.train leave none to "
             "learn from; lower it"
         )
-    begun = {row["name"]: row["text"] for row in read_prompts(config.run_directory) if row["version"] == 0}
+    try:
+        rows = read_prompts(config.run_directory)
+    except StoreDamaged as error:
+        raise ConfigError(f"run.name: {error}; put back the file from a copy, or choose another run.name") from error
+    begun = {row["name"]: row["text"] for row in rows if row["version"] == 0}
     if begun and begun != texts:
         other = min(name for name in begun.keys() | texts.keys() if begun.get(name) != texts.get(name))
         raise ConfigError(

@@ -20,6 +20,7 @@ from raygent.records import SCHEMAS, only, to_batch
 
 ELSEWHERE = -1  # the policy version of what no policy of this run sampled
 KEYS = {"messages", "tools", "agent"}
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 def batch_of(config: Config, step: int) -> dict[str, pa.Table]:
@@ -34,6 +35,22 @@ def batch_of(config: Config, step: int) -> dict[str, pa.Table]:
     chats = read_chats(config.data.chats)
     places = dict.fromkeys(due(config, len(chats), step))  # where there are fewer than a step takes, each once
     return _tables_of_chats(config, [(place, *chats[place]) for place in places])
+
+
+def check_rollouts(config: Config) -> None:
+    """Raises ConfigError where nothing in `data.rollouts` can be trained on."""
+    run, threshold = config.data.rollouts, config.algorithm.threshold
+    assert run
+    tables = _rollouts(run)
+    agents = sorted(tables["calls"]["agent"].unique().to_pylist())
+    if not any(map(config.trains, agents)):
+        raise ConfigError(
+            f"agent.train: names none of the agents that {run} has recorded, {', '.join(agents)}; write the names of some"
+        )
+    rewards = [*tables["rollouts"]["reward"].to_pylist(), *tables["rewards"]["value"].to_pylist()]
+    best = max((reward for reward in rewards if reward is not None), default=0.0)
+    if threshold is not None and best < threshold:
+        raise ConfigError(f"algorithm.threshold: {threshold:g}, and the best reward in {run} is {best:g}; lower it")
 
 
 @cache
@@ -84,16 +101,49 @@ def read_chats(path: str) -> list[tuple[str, dict[str, Any]]]:
         if not isinstance(row.get("agent") or "", str):
             raise ConfigError(f'{where} has "agent": {row["agent"]!r}; write its name as text, or leave it out')
         for number, one in enumerate(messages, 1):
-            says = any(value for name, value in one.items() if name not in ("role", "name"))
-            if one["role"] == "assistant" and not says:
-                raise ConfigError(
-                    f"{where}: message {number} of the assistant says nothing; give it content or tool_calls"
-                )
+            _check_message(one, f"{where}: message {number}")
         if not any(one["role"] == "assistant" for one in messages[1:]):
             raise ConfigError(f"{where} has no message of the assistant behind another one, so nothing to be learnt")
     if not rows:
         raise ConfigError(f'data.chats: {path} holds no chat; a line is {{"messages": [...]}}')
     return rows
+
+
+def _check_message(message: dict[str, Any], where: str) -> None:
+    """Raises ConfigError for what templates would leave out, or write as Python does."""
+    role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
+    if role not in ROLES:
+        raise ConfigError(f"{where} has the role {role!r}; there are {', '.join(ROLES)}")
+    if role == "assistant" and not any(value for name, value in message.items() if name not in ("role", "name")):
+        raise ConfigError(f"{where} of the assistant says nothing; give it content or tool_calls")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    if content is None and role == "assistant":
+        texts = []
+    if not all(isinstance(text, str) for text in texts):
+        raise ConfigError(
+            f'{where} of the {role} has the content {content!r:.80}; give a text, or parts {{"type": "text", "text": ...}}'
+        )
+    if any("\ud800" <= character <= "\udfff" for text in texts for character in text):
+        raise ConfigError(f"{where} holds half of a surrogate pair, which is no text; write the whole character")
+    if not isinstance(calls or [], list) or not all(map(_is_tool_call, calls or [])):
+        raise ConfigError(
+            f'{where}: its tool_calls are no list of {{"function": {{"name": ..., "arguments": ...}}}}, the arguments an object, or '
+            "one as a text of JSON"
+        )
+
+
+def _is_tool_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return False
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return False
+    return isinstance(arguments, dict)
 
 
 def _without_nulls(value: Any) -> Any:
@@ -150,6 +200,11 @@ def tokens_of(config: Config, place: str, chat: dict[str, Any]) -> list[tuple[li
     """
     tokenizer, where = _tokenizer(config), f"data.chats: {config.data.chats} {place}"
     messages, tools, found = chat["messages"], chat.get("tools"), []
+    for role in sorted({message["role"] for message in messages}):
+        if not _takes(config.model.path, config.model.chat_template, role):
+            raise ConfigError(
+                f"{where}: the chat template leaves out what the role {role} says; give a model.chat_template that has it"
+            )
     for number, message in enumerate(messages):
         if message["role"] != "assistant" or number == 0:
             continue
@@ -182,9 +237,11 @@ def _rendered(tokenizer: Any, messages: list[Any], tools: Any, where: str, ask: 
 
 
 def _as_templates_want(message: dict[str, Any]) -> dict[str, Any]:
-    """Without keys that hold nothing, and with the arguments of its tool calls as objects (vLLM gives them
+    """Without keys that hold nothing, parts of a text as one, and with the arguments of its tool calls as objects (vLLM gives them
     so), not as texts of JSON."""
     message = {name: value for name, value in message.items() if value is not None}
+    if isinstance(message.get("content"), list):
+        message["content"] = "\n".join(part["text"] for part in message["content"])  # as vLLM does
     if not message.get("tool_calls"):
         return message
     calls = []
@@ -203,6 +260,25 @@ def _tokenizer_at(path: str, template: str | None) -> Any:
     if template:
         tokenizer.chat_template = Path(template).read_text()
     return tokenizer
+
+
+@cache
+def _takes(path: str, template: str | None, role: str) -> bool:
+    """Whether the template renders what the role says; one that refuses it where it stands here may take it elsewhere."""
+    from jinja2 import TemplateError
+
+    ask = {"role": "user", "content": "a"}
+    said, others = (
+        [*([ask] if role != "system" else []), {"role": role, "content": text}, *([ask] if role == "system" else [])]
+        for text in ("b", "c")
+    )
+    try:
+        one, other = (
+            _tokenizer_at(path, template).apply_chat_template(messages, tokenize=False) for messages in (said, others)
+        )
+    except (TemplateError, TypeError, KeyError, ValueError):
+        return True
+    return one != other
 
 
 def _tokenizer(config: Config) -> Any:

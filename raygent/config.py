@@ -593,6 +593,10 @@ class Config(Section):
             raise ValueError(
                 f'data.chats: {settings.name} needs rewards, which chats have not; use algorithm.name = "sft"'
             )
+        if self.data.chats and (settings.threshold or 0) > 1:
+            raise ValueError(f"algorithm.threshold: {settings.threshold:g}, and chats count as reward 1; leave it out")
+        if self.data.chats and settings.overlong_tokens:
+            raise ValueError("algorithm.overlong_tokens: chats have no reward to lower; leave it out")
         if self.recorded and settings.refills:
             raise ValueError("algorithm.refills: recorded rollouts cannot be replaced by others; leave refills out")
         if settings.max_rollouts and not self.changes_prompts:
@@ -621,11 +625,17 @@ class Config(Section):
             )
         if settings.refills and not compares:
             raise ValueError(
-                f"algorithm.refills: {settings.name} compares no groups, so none is without signal; leave refills out"
+                f"algorithm.refills: {settings.advantage or settings.name} compares no groups, so none is without signal; set "
+                "algorithm.refills=0"
             )
-        if settings.credit == "turn" and (settings.advantage or not named.credits_turns):
+        if settings.credit == "turn" and settings.advantage:
             raise ValueError(
-                f'algorithm.credit: {settings.advantage or settings.name} weighs whole rollouts; use credit = "rollout", or '
+                f"algorithm.credit: what verl registers as {settings.advantage} weighs whole rollouts; leave algorithm.advantage out, "
+                'or use credit = "rollout"'
+            )
+        if settings.credit == "turn" and not named.credits_turns:
+            raise ValueError(
+                f'algorithm.credit: {settings.name} weighs whole rollouts; use credit = "rollout", or '
                 "grpo, one of its kind, reinforce_plus_plus or ppo"
             )
         return self
@@ -886,6 +896,8 @@ def _one_line(error: ValidationError) -> str:
     """The first error, an unknown key before all: a section misspelt makes its keys missing too."""
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     loc = [str(part) for part in first["loc"]]
+    if loc[:2] == ["evaluate", "checkpoint"]:
+        loc = loc[:2]  # behind it stand the arms of its union
     key, kind, given = ".".join(loc), first["type"], _shown(first["input"])
     if kind == "value_error":
         return str(first["ctx"]["error"])
@@ -921,6 +933,7 @@ _MISSING = {
 _MENDS = {
     "run.name": "a name of at most 64 letters, digits and . _ - that begins with a letter or digit",
     "upstream": "each has a name, [upstream.NAME] and its keys below it",
+    "evaluate.checkpoint": 'the steps that one of the checkpoints has done, as 100, or "best"',
     "too_short": "should have at least one entry",
     "string_too_short": "should not be empty",
     "finite_number": "should be a finite number",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from raygent.algorithms.batch import make_samples
 from raygent.config import ConfigError
 from raygent.data_files import load_tasks
 from raygent.jobs import check
-from raygent.jobs.recorded import batch_of, check_chats, read_chats
+from raygent.jobs.recorded import batch_of, check_chats, check_rollouts, read_chats
 
 CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]},
@@ -42,6 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chats_config(model: Path, folder: Path, rows: list[Any] = CHATS, **more: Any) -> Any:
+    folder.mkdir(exist_ok=True)
     file = folder / "chats.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     algorithm = {"name": "sft", "tasks_per_step": 3} | more.pop("algorithm", {})
@@ -100,6 +102,11 @@ def test_objects_from_parquet_have_their_own_keys(tmp_path: Path) -> None:
     assert (task.input, task.private) == (row["input"], row["private"])
 
 
+def talk(**first: Any) -> dict[str, Any]:
+    """A chat whose first message is another one."""
+    return {"messages": [CHATS[0]["messages"][0] | first, CHATS[0]["messages"][1]]}
+
+
 WRONG: dict[str, tuple[Any, str]] = {
     "no messages": ({"text": "a"}, r'line 1 needs "messages"'),
     "no list": ({"messages": "a"}, r'line 1 needs "messages"'),
@@ -115,6 +122,16 @@ WRONG: dict[str, tuple[Any, str]] = {
         "line 1 has no message of the assistant",
     ),
     "no role": ({"messages": [{"content": "a"}]}, r'line 1 needs "messages"'),
+    "another role": (talk(role="human"), "line 1: message 1 has the role 'human'; there are system, developer, user,"),
+    "a list for a role": (talk(role=["user"]), r"line 1: message 1 has the role \['user'\]"),
+    "nothing asked": (talk(content=None), "line 1: message 1 of the user has the content None; give a text, or parts"),
+    "a number": (talk(content=5), "line 1: message 1 of the user has the content 5"),
+    "an image": (talk(content=[{"type": "image_url"}]), "line 1: message 1 of the user has the content .*image_url"),
+    "half a pair": (talk(content="\ud83d"), "line 1: message 1 holds half of a surrogate pair"),
+    "a call without a function": (
+        {"messages": [CHATS[0]["messages"][0], {"role": "assistant", "tool_calls": [{"name": "a"}]}]},
+        "line 1: message 2: its tool_calls are no list",
+    ),
 }
 
 
@@ -123,6 +140,32 @@ def test_what_is_no_chat_is_told_with_its_line(model: Path, tmp_path: Path, case
     row, what = WRONG[case]
     with pytest.raises(ConfigError, match=what):
         batch_of(chats_config(model, tmp_path, [row]), 0)
+
+
+def test_a_template_that_leaves_out_a_role_is_told(model: Path, tmp_path: Path) -> None:
+    template = (
+        "{% for one in messages %}{% if one.role != 'tool' %}{{ one.role }}: {{ one.content }}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    (tmp_path / "template.jinja").write_text(template)
+    told = {"messages": [*CHATS[0]["messages"], {"role": "tool", "content": "3"}, CHATS[0]["messages"][1]]}
+    for row, what in ((CHATS[0], ""), (told, "the chat template leaves out what the role tool says")):
+        asked = chats_config(model, tmp_path, [row], chat_template=str(tmp_path / "template.jinja"))
+        with pytest.raises(ConfigError, match=what) if what else nullcontext():
+            check_chats(asked, 1000)
+        read_chats.cache_clear()
+
+
+def test_a_text_in_parts_is_one_text(model: Path, tmp_path: Path) -> None:
+    parts = [
+        {"role": "user", "content": [{"type": "text", "text": "one"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+    ]
+    whole, cut = (
+        batch_of(chats_config(model, tmp_path / name, [row]), 0)["calls"]
+        for name, row in (("a", CHATS[0]), ("b", {"messages": parts}))
+    )
+    assert cut.equals(whole)
 
 
 def test_a_chat_that_is_too_long_is_told(model: Path, tmp_path: Path) -> None:
@@ -199,6 +242,26 @@ async def test_another_runs_winners_are_trained(tmp_path: Path, rolled: bool) ->
         )
 
 
+async def test_recorded_rollouts_that_nothing_can_be_trained_of_are_told(tmp_path: Path) -> None:
+    store = open_store(tmp_path / "first" / "store")
+    await store.add_rollouts([rollout(0)])
+    (lease,) = await store.lease("worker", 1)
+    await run_attempt(store, lease, reward=0.5)
+    crash(store)
+
+    def asked(threshold: float, train: str) -> Any:
+        algorithm = {"name": "sft", "tasks_per_step": 2, "group_size": 1, "threshold": threshold}
+        return config(
+            data={"rollouts": str(tmp_path / "first")}, algorithm=algorithm, agent={"run": "a:b", "train": [train]}
+        )
+
+    check_rollouts(asked(0.5, "*"))
+    with pytest.raises(ConfigError, match=r"algorithm\.threshold: 0\.75, and the best reward in .* is 0\.5"):
+        check_rollouts(asked(0.75, "*"))
+    with pytest.raises(ConfigError, match=r"agent\.train: names none of the agents that .* has recorded, agent;"):
+        check_rollouts(asked(0.5, "writer"))
+
+
 def test_a_run_without_rollouts_is_told(tmp_path: Path) -> None:
     crash(open_store(tmp_path / "first" / "store"))
     asked = config(data={"rollouts": str(tmp_path / "first")}, algorithm={"name": "dpo"})
@@ -211,6 +274,9 @@ def test_only_what_learns_from_others_takes_recorded_rollouts() -> None:
         config(data={"rollouts": "runs/first"})
     with pytest.raises(ValueError, match=r"data\.chats: dpo needs rewards"):
         config(data={"chats": "chats.jsonl"}, algorithm={"name": "dpo"})
+    for key, value in (("threshold", 2.0), ("overlong_tokens", 2)):
+        with pytest.raises(ValueError, match=rf"algorithm\.{key}: .*chats .*leave it out"):
+            config(data={"chats": "chats.jsonl"}, algorithm={"name": "sft", key: value, "overlong_buffer": 1})
     with pytest.raises(ValueError, match=r"data\.chats: given beside data\.rollouts"):
         config(data={"chats": "chats.jsonl", "rollouts": "runs/first"}, algorithm={"name": "sft"})
     with pytest.raises(ValueError, match=r"data\.train: missing"):
