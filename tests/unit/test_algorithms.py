@@ -598,6 +598,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "turns": ({"name": "rloo", "credit": "turn"}, r"algorithm\.credit: rloo weighs whole rollouts"),
     "budget": ({"max_rollouts": 10}, r"algorithm\.max_rollouts: grpo takes as many as run\.steps x"),
     "refills": ({"name": "remax", "refills": 1}, r"algorithm\.refills: remax compares no groups"),
+    "refills of its own": ({"name": "dapo", "advantage": "reinforce_plus_plus"}, r"refills: reinforce_plus_plus .* set algorithm\.refills=0"),
+    "turns of verl's": ({"advantage": "reinforce_plus_plus", "credit": "turn"}, r"algorithm\.credit: .* leave algorithm\.advantage out"),
     "horizon": ({"name": "dr_grpo"}, r"algorithm\.horizon: .* set model\.max_tokens"),
     "buffer": ({"overlong_tokens": 5}, r"algorithm\.overlong_buffer: 0 is not within 1 and .* = 5"),
     "group": ({"name": "rloo", "group_size": 1}, r"algorithm\.group_size: rloo compares the rollouts"),

@@ -191,6 +191,21 @@ def test_the_checkpoint_that_is_evaluated(tmp_path, chosen):
         assert (found and found.step) == {None: 4, 0: None, "best": 2}.get(chosen, chosen)
 
 
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    settings = config(run={"directory": str(tmp_path)})
+    folder = settings.run_directory / "checkpoints" / "step-000002"
+    folder.mkdir(parents=True)
+    for text in ('{"step": 2', '{"step": 2}', None):
+        if text:
+            (folder / "raygent.json").write_text(text)
+        else:
+            (folder / "raygent.json").unlink()
+        with pytest.raises(
+            ConfigError, match=r"run\.name: .*step-000002 is damaged, .* go on from the checkpoint before"
+        ):
+            checkpoint_to_evaluate(settings)
+
+
 def ended(*rewards: float | None) -> dict:
     """An evaluation's tables: a task a reward, None of one that infrastructure lost."""
     return tables([rollout(str(n), str(n), reward) for n, reward in enumerate(rewards)], [])

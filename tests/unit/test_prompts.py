@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from conversations import config
 from stores import open_store, rollout, rows_on_disk, run_attempt
+from tiny_model import make_tiny_model
 
 import raygent
 from raygent import prompts
@@ -20,7 +21,7 @@ from raygent.algorithms.prompt_search import Search, Tree, Trial, block_in, spli
 from raygent.callables import ModelEndpoint
 from raygent.cluster.pacer import eval_rollouts
 from raygent.cluster.prompt_table import note_begun, prompts_in_force, read_prompts, write_prompts
-from raygent.config import Config, ConfigError
+from raygent.config import Config, ConfigError, load
 from raygent.data_files import load_tasks
 from raygent.jobs import check
 from raygent.jobs.optimise_prompts import given_by
@@ -402,6 +403,32 @@ def test_a_run_is_gone_on_with_by_the_same_search_alone(tmp_path, change, what):
     begun.grader.failed_reward = -1.0
     with pytest.raises(ConfigError, match=r"grader, agent, .* was begun with others"):
         check._check_prompts(begun)
+
+
+def test_the_same_command_goes_on_and_what_is_damaged_is_told(tmp_path):
+    make_tiny_model(tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"id": str(n), "input": n}) + "\n" for n in range(8)))
+    (tmp_path / "writer.txt").write_text("Write.")
+    (tmp_path / "agent.py").write_text("def answer(task, model):\n    return 1.0\n")
+    (tmp_path / "train.toml").write_text(
+        'model.path = "model"\nagent.run = "agent.py:answer"\ndata.train = "train.jsonl"\nprompts.writer = "writer.txt"\n'
+        'algorithm.name = "apo"\nalgorithm.selection_tasks = 4\n'
+    )
+    begun = load(tmp_path / "train.toml", [])
+    check.check(begun)
+    begun.run_directory.mkdir(parents=True)
+    (begun.run_directory / "config.toml").write_text(begun.to_toml())
+    note_begun(begun, load_tasks(begun.data.train))
+    check.check(load(tmp_path / "train.toml", []))
+    for file in ("begun.json", "store/prompts/prompts.parquet"):
+        damaged = begun.run_directory / file
+        damaged.parent.mkdir(parents=True, exist_ok=True)
+        whole = damaged.read_bytes() if damaged.exists() else None
+        damaged.write_text('{"a')
+        with pytest.raises(ConfigError, match=rf"run\.name: .*{damaged.name}"):
+            check.check(load(tmp_path / "train.toml", []))
+        if whole:
+            damaged.write_bytes(whole)
 
 
 @pytest.mark.parametrize("algorithm", [apo, gepa])
