@@ -10,6 +10,7 @@ import asyncio
 import contextvars
 import inspect
 import logging
+import math
 import threading
 import time
 import traceback
@@ -348,6 +349,8 @@ def keep_event(event: dict[str, Any], recorder: AttemptRecorder) -> None:
         else:
             checked = {"attributes": fields["attributes"]} | {key: str(fields[key]) for key in ("kind", "name")}
             checked |= {key: float(fields[key]) for key in ("started", "finished")}
+        if not all(math.isfinite(checked[key]) for key in ("time", "started", "finished") if key in checked):
+            raise ValueError("a time is not finite")
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         recorder.note("malformed event", kind="exception", error=str(error))
         return

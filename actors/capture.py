@@ -73,7 +73,7 @@ class SamplingRules:
         params = asked.clone()
         params.logprobs = params.logprobs or 0
         if self.max_tokens is not None:
-            params.max_tokens = min(params.max_tokens or self.max_tokens, self.max_tokens)
+            cap(params, self.max_tokens)
         if mode == "eval":
             return params, ""
         temperature = 0.0 if mode == "greedy" else self.temperature
@@ -83,6 +83,13 @@ class SamplingRules:
         if odd and self.grammar == "refuse":
             raise VLLMValidationError(f'{odd[0]} changes what is sampled, and engine.grammar = "refuse"; leave it out')
         return params, ", ".join(odd)
+
+
+def cap(params: SamplingParams, most: int) -> None:
+    """At most `most` tokens, also where the client asks for more at least: vLLM's core, which looks at them once more, would end
+    the thread that takes requests, and serve nobody any more."""
+    params.max_tokens = min(params.max_tokens or most, most)
+    params.min_tokens = min(params.min_tokens, params.max_tokens)
 
 
 def odd_in(params: SamplingParams) -> list[str]:
@@ -200,7 +207,7 @@ class RunningCall:
         if not found.own:
             return prompt
         self.rendered = list(ids)
-        self.params.max_tokens = min(self.params.max_tokens or room, room)
+        cap(self.params, room)
         return TokensInput(type="token", prompt_token_ids=found.tokens.tolist()) | {
             key: prompt[key] for key in ("arrival_time", "cache_salt") if key in prompt
         }

@@ -179,7 +179,7 @@ def reader(
         except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:  # it reads what was sampled
             logger.warning("a reply is not read: %s", error)
             return None
-        if content is None and not found and "think" not in text.lower():
+        if not content and "think" not in text.lower():
             reasoning, content = None, reasoning  # to some parsers what never ends its thinking is thinking
         calls = [(call.name, _json(call.arguments)) for call in found or []]
         tail = re.split("[}>]", text)[-1].strip() if calls else ""  # some parsers leave out what comes behind the calls

@@ -7,14 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
 from typing import Any
 
 import ray
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 KEEP_ALIVE_S = 3600  # longer than clients keep an idle connection: none is closed while a request is on its way
 BACKLOG = 2048
+
+
+UPGRADE = re.compile(rb"(\r\n)upgrade(:[ \t]*h2c[ \t]*\r\n)", re.IGNORECASE)
+
+
+class Door(HttpToolsProtocol):
+    """Without HTTP/2: an offer of it, as Java's client makes, is left aside, and the request goes on as it is. (The parser
+    would take the body behind it for the other protocol's.)"""
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(UPGRADE.sub(rb"\1ignored\2", data) if b"h2c" in data else data)
 
 
 class FrontDoor:
@@ -27,7 +40,13 @@ class FrontDoor:
         self.socket.bind((host if here else "0.0.0.0", 0))
         self.url = f"http://{host if here else ray.util.get_node_ip_address()}:{self.socket.getsockname()[1]}"
         settings = uvicorn.Config(
-            app, lifespan="off", access_log=False, log_config=None, timeout_keep_alive=KEEP_ALIVE_S, backlog=BACKLOG
+            app,
+            http=Door,
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            backlog=BACKLOG,
         )
         self.server = uvicorn.Server(settings)
 

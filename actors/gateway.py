@@ -388,15 +388,16 @@ class Gateway:
             return await receive()  # a hang-up
 
         refused: dict | None = None  # the start of an error, held back until its body is there
-        told, answered = bytearray(), False
+        told, begun, answered = bytearray(), False, False
 
         async def watch(message: dict) -> None:
-            nonlocal refused, answered
+            nonlocal refused, begun, answered
             answered = message["type"] == "http.response.body" and not message.get("more_body")
             if message["type"] == "http.response.start" and message["status"] >= 400:
                 refused = message
                 return
             if refused is None:
+                begun = True
                 return await send(message)
             told.extend(message.get("body", b""))
             if answered:
@@ -408,9 +409,12 @@ class Gateway:
         context.state.tasks.add(task)
         try:
             await self.app(scope, replay, watch)
-        except Exception:
+        except Exception as error:
             # Starlette raises again what it has answered with a 500. Passed on, it would have the server close the
             # connection, maybe under the client's next request.
+            if begun and not answered and isinstance(error, ValueError):  # vLLM's word for what a request may not ask
+                event = error_event("invalid_request_error", str(error)[:MAX_MESSAGE], refuse.anthropic)
+                return await send({"type": "http.response.body", "body": event})
             if not answered:
                 context.state.failed = True
                 raise
@@ -457,6 +461,14 @@ class Gateway:
         ) as error:  # vLLM's validators trust the types they get
             return f"the request has a value that cannot be right: {type(error).__name__}: {error}"
         return ""
+
+
+def error_event(kind: str, message: str, anthropic: bool) -> bytes:
+    """What the vendor's client turns into its own exception in mid-stream."""
+    error = {"type": kind, "message": message}
+    if anthropic:
+        return f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n".encode()
+    return f"data: {json.dumps({'error': error})}\n\n".encode()
 
 
 class Refusal:
@@ -570,7 +582,7 @@ def _traced(body: bytes, content_type: str, encoding: str) -> tuple[list[dict[st
 async def _request(body: bytes, refuse: Refusal) -> dict[str, Any] | None:
     """The JSON object in `body`; None where it was refused."""
     try:
-        request = json.loads(body)
+        request = json.loads(body.decode())  # of bytes it would take UTF-16, too, which the record has no room for
         why = _wrong_in(request, body)
     except (ValueError, RecursionError) as error:
         request, why = None, f"the body is not JSON: {error}"

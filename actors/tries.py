@@ -26,7 +26,12 @@ def check_answered(response: httpx.Response) -> None:
     """Raises Unanswered for a reply, read already, that says no more than to come again: the endpoint is busy, or broken."""
     status = response.status_code
     if status in (408, 425, 429) or status >= 500:
-        raise Unanswered(f"HTTP {status}: {response.text[:SHOWN]}", _retry_after(response.headers))
+        raise Unanswered(f"HTTP {status}: {beginning(response)}", _retry_after(response.headers))
+
+
+def beginning(response: httpx.Response) -> str:
+    """Of what it says, whatever encoding it claims to have."""
+    return response.content[: 4 * SHOWN].decode("utf-8", "replace")[:SHOWN]
 
 
 def wait_before_next(error: Unanswered, tries: int) -> float:

@@ -23,8 +23,8 @@ import httpx
 from aiolimiter import AsyncLimiter
 
 from raygent.actors.capture import CallRecorder, NotRecorded
-from raygent.actors.gateway import CallContext, Refusal
-from raygent.actors.tries import SHOWN, Unanswered, check_answered, wait_before_next
+from raygent.actors.gateway import CallContext, Refusal, error_event
+from raygent.actors.tries import SHOWN, Unanswered, beginning, check_answered, wait_before_next
 from raygent.config import Upstream
 from raygent.records import UPSTREAM, Call
 
@@ -35,7 +35,7 @@ PASSED_ON = ("anthropic-version", "anthropic-beta", "openai-beta", "accept")  # 
 PASSED_BACK = ("content-type", "x-request-id", "request-id")
 MISTAKES = (401, 402, 403, 404, 405)  # the config's, not the agent's: key, account, base_url, model
 NO_ENTRY = (401, 403)
-EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r|\n\r\n")
 LAST = ("response.completed", "response.incomplete", "response.failed", "message_stop", "error")  # types of last events
 # In an error's type, code and status: what the agent asked for is at fault, unless it's the config or the vendor all the same.
 AGENTS_DOING = re.compile(
@@ -73,7 +73,8 @@ class Reply:
             if isinstance(usage := place.get("usage"), dict):
                 self.usage |= {name: count for name, count in usage.items() if _is_count(count)}
             choices = place.get("choices")
-            ends = [choice.get("finish_reason") for choice in choices or [] if isinstance(choice, dict)]
+            listed = choices if isinstance(choices, list) else []
+            ends = [choice.get("finish_reason") for choice in listed if isinstance(choice, dict)]
             for end in (*ends, place.get("stop_reason")):
                 if isinstance(end, str):
                     self.finish_reason = end
@@ -220,9 +221,9 @@ class UpstreamProxy:
                 raise Unanswered(f"{type(error).__name__}: {error}") from error
             check_answered(response)
             status = response.status_code
-            account = 400 <= status < 500 and ACCOUNT.search(response.text[:SHOWN])
+            account = 400 <= status < 500 and ACCOUNT.search(beginning(response))
             if status in MISTAKES or 300 <= status < 400 or account:
-                raise Unanswered(f"HTTP {status} from {url}: {response.text[:SHOWN]}", float("inf"), status)
+                raise Unanswered(f"HTTP {status} from {url}: {beginning(response)}", float("inf"), status)
             if response.is_success and not stream:
                 _check_reply(response)
             kept = [
@@ -280,7 +281,7 @@ class UpstreamProxy:
         if broken and not reply.pieces:
             raise Unanswered(broken)
         if broken and not last:
-            last = _error_event(f"upstream.{self.name}: {broken}", anthropic)
+            last = error_event("overloaded_error", f"upstream.{self.name}: {broken}", anthropic)
         if broken:
             reply.finish_reason = "error"
         if broken and not theirs:
@@ -289,7 +290,7 @@ class UpstreamProxy:
         try:
             await asyncio.shield(self._record(reply, not broken))
         except NotRecorded as error:
-            state.failed, last = True, _error_event(str(error), anthropic)
+            state.failed, last = True, error_event("overloaded_error", str(error), anthropic)
         await send({"type": "http.response.body", "body": last})
 
     def _record(self, reply: Reply, served: bool = False) -> asyncio.Task[None]:
@@ -404,9 +405,9 @@ def _check_reply(response: httpx.Response) -> None:
     """Raises Unanswered where a reply of 2xx is none: no object of JSON, or an error that is not the agent's doing."""
     told = _json(response.content)
     if not isinstance(told, dict):
-        raise Unanswered(f"HTTP {response.status_code} without a reply in JSON: {response.text[:SHOWN]}")
+        raise Unanswered(f"HTTP {response.status_code} without a reply in JSON: {beginning(response)}")
     if told.get("error") and not _agents_doing(told):
-        raise Unanswered(f"HTTP {response.status_code} with an error: {response.text[:SHOWN]}")
+        raise Unanswered(f"HTTP {response.status_code} with an error: {beginning(response)}")
 
 
 def _is_count(value: Any) -> bool:
@@ -425,14 +426,6 @@ def _json(data: bytes) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError):
         return None
-
-
-def _error_event(message: str, anthropic: bool) -> bytes:
-    """What the vendor's client turns into its own exception in mid-stream."""
-    error = {"type": "overloaded_error", "message": message}
-    if anthropic:
-        return f"event: error\ndata: {json.dumps({'type': 'error', 'error': error})}\n\n".encode()
-    return f"data: {json.dumps({'error': error})}\n\n".encode()
 
 
 def _agents_doing(told: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from raygent.actors.tries import SHOWN, Unanswered, check_answered, wait_before_next
+from raygent.actors.tries import SHOWN, Unanswered, beginning, check_answered, wait_before_next
 from raygent.config import Config, ConfigError, key_in
 from raygent.records import Sample
 
@@ -166,11 +166,11 @@ class Teacher:
             await asyncio.sleep(wait_s)
         if not response.is_success:
             mend = "" if response.status_code == 400 else f"; {SEE_TO}"
-            raise self._wrong(f"HTTP {response.status_code} from {path}: {response.text[:SHOWN]}{mend}")
+            raise self._wrong(f"HTTP {response.status_code} from {path}: {beginning(response)}{mend}")
         try:
             return response.json()
         except ValueError as error:
-            raise self._wrong(f"no JSON from {path}: {response.text[:SHOWN]}; {MEND}") from error
+            raise self._wrong(f"no JSON from {path}: {beginning(response)}; {MEND}") from error
 
     def _wrong(self, what: str) -> ConfigError:
         return ConfigError(f"algorithm.teacher: {self.url}: {what}")

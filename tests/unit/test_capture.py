@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+import msgspec
 import pytest
 import ray
 from vllm.exceptions import VLLMValidationError
@@ -137,6 +138,17 @@ def test_train_mode_is_the_plain_policy_at_the_configs_temperature():
     assert (params.temperature, params.top_p, params.top_k, params.min_p, params.seed) == (0.7, 1.0, 0, 0.0, None)
     assert (params.logprobs, params.max_tokens, params.stop, why) == (0, 20, ["end"], "")
     assert asked.temperature == 0.2 and asked.logprobs is None  # the client's own are left alone
+
+
+@pytest.mark.parametrize("mode", ["train", "greedy", "eval"])
+@pytest.mark.parametrize(
+    "asked", [SamplingParams(min_tokens=300, max_tokens=500), SamplingParams(min_tokens=300, max_tokens=None)]
+)
+def test_what_goes_to_the_engine_is_what_vllm_takes(asked, mode):
+    """Its core reads the parameters anew, and ends the thread that takes requests where they do not go together."""
+    params, _ = SamplingRules(1.0, "mask", 20).apply(asked, mode)
+    read = msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams)
+    assert (read.min_tokens, read.max_tokens) == (20, 20) and asked.min_tokens == 300
 
 
 def test_train_mode_is_not_greedy():

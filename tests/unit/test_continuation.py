@@ -195,6 +195,20 @@ def test_thinking_is_told_from_what_is_said(tokenizer, parser):
         assert (reply.reasoning, reply.content) == told
 
 
+def test_a_thinking_model_that_talks_before_its_call(tokenizer):
+    """Rendered without the thinking, qwen3's parser takes what stands before the call for it."""
+    from vllm.parser import ParserManager
+
+    tools = tools_of({"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]})
+    say = reader(ParserManager.get_parser("hermes", "qwen3", True), tokenizer, tools, {})
+    called = 'Ok <tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    sampled, rendered = (
+        say(tokenizer(f"{before}{called}")["input_ids"]) for before in ("<think>\nHm.\n</think>\n\n", "")
+    )
+    assert (sampled.reasoning, sampled.content, sampled.calls) == ("Hm.", "Ok", [("f", "{}")])
+    assert (rendered.reasoning, rendered.content, rendered.calls) == ("", "Ok", [("f", "{}")])
+
+
 def test_the_tools_of_each_api():
     chat: dict = {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]}
     responses = {"tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}, {"type": "web_search"}]}

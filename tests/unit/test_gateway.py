@@ -542,6 +542,30 @@ async def test_what_breaks_before_an_answer_was_not_served():
     assert door.end_attempt("r", 1).failed
 
 
+@pytest.mark.parametrize("path", ["/chat/completions", "/responses", "/messages"])
+async def test_a_request_that_vllm_refuses_in_its_stream_is_the_clients_fault(path):
+    class Refuses(App):
+        async def __call__(self, scope, receive, send):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
+            raise ValueError("Grammar error: Invalid type: zzz")
+
+    door = gate(Refuses())
+    start, answer = await call_whole(door, f"/a/{key_for()}/v1{path}")
+    assert (
+        start["status"] == 200 and b"Grammar error: Invalid type: zzz" in answer and b"invalid_request_error" in answer
+    )
+    assert (b"event: error" in answer) is (path == "/messages")
+    assert not door.end_attempt("r", 1).failed
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig", "latin-1"])
+async def test_a_body_is_utf8(encoding):
+    app = App()
+    status, told = await call(gate(app), f"/a/{key_for()}/v1/chat/completions", '{"model": "é"}'.encode(encoding))
+    assert status == 400 and "the body is not JSON" in told["error"]["message"] and not app.requests
+
+
 @pytest.mark.parametrize(
     ("depth", "status"), [(199, 200), (200, 400), (900, 400), (980, 400), (1000, 400), (5000, 400)]
 )

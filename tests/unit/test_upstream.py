@@ -216,13 +216,21 @@ async def test_without_prices_nothing_is_asked_for(vendor):
     assert pieces == CHAT_STREAM and "stream_options" not in vendor.requests[0]["body"] and door.rows[0]["cost"] == 0
 
 
+@pytest.mark.parametrize("end", [b"\r\n\r\n", b"\n\r\n", b"\r\r"])
 @pytest.mark.parametrize("cut", [1, 3, 7, 50])
-async def test_events_cut_anywhere(vendor, cut):
-    whole = b"".join(CHAT_STREAM).replace(b"\n\n", b"\r\n\r\n")
+async def test_events_cut_anywhere(vendor, cut, end):
+    whole = b"".join(CHAT_STREAM).replace(b"\n\n", end)
     vendor.answers = [(200, [whole[place : place + cut] for place in range(0, len(whole), cut)], {})]
     door = Door(vendor, **PRICES)
     _, pieces, _ = await door.call(stream=True)
     assert len(pieces) == 3 and door.rows[0]["response"].encode() == whole and door.rows[0]["cost"] > 0
+
+
+async def test_a_reply_of_an_odd_shape_goes_to_the_agent(vendor):
+    vendor.answers = [(200, {"choices": 5}, {})]
+    door = Door(vendor)
+    status, pieces, _ = await door.call()
+    assert (status, json.loads(pieces[0])) == (200, {"choices": 5}) and len(door.rows) == 1
 
 
 async def test_a_vendor_that_stays_down_is_infrastructure(vendor):
@@ -266,6 +274,7 @@ async def test_what_no_client_can_send_is_no_agents_doing(vendor):
         (200, {"error": {"code": 502, "message": "the provider failed"}}, {}),
         (425, {"error": {"message": "too early"}}, {}),
         (200, [], {"content-type": "text/event-stream"}),
+        (429, {}, {"content-type": "text/plain; charset=rot13"}),
         (429, {}, {"retry-after": "Sun, 31 Dec 99999999999 00:00:00 GMT"}),
     ],
 )
