@@ -412,8 +412,8 @@ class Gateway:
         except Exception as error:
             # Starlette raises again what it has answered with a 500. Passed on, it would have the server close the
             # connection, maybe under the client's next request.
-            if begun and not answered and isinstance(error, ValueError):  # vLLM's word for what a request may not ask
-                event = error_event("invalid_request_error", str(error)[:MAX_MESSAGE], refuse.anthropic)
+            if begun and not answered and (refusal := _refusal_in(error)):
+                event = error_event("invalid_request_error", str(refusal)[:MAX_MESSAGE], refuse.anthropic)
                 return await send({"type": "http.response.body", "body": event})
             if not answered:
                 context.state.failed = True
@@ -461,6 +461,22 @@ class Gateway:
         ) as error:  # vLLM's validators trust the types they get
             return f"the request has a value that cannot be right: {type(error).__name__}: {error}"
         return ""
+
+
+def _refusal_in(error: BaseException) -> Exception | None:
+    """vLLM's word for what a request may not ask, where `error` is that as Starlette raises it from a stream: in a group, or as the
+    cause of an error of its own."""
+    from vllm.exceptions import VLLMClientError
+
+    while True:
+        if isinstance(error, VLLMClientError):
+            return error
+        if isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        elif isinstance(error, RuntimeError) and error.__cause__:
+            error = error.__cause__
+        else:
+            return None
 
 
 def error_event(kind: str, message: str, anthropic: bool) -> bytes:

@@ -335,6 +335,25 @@ def test_a_context_overflow_is_the_vendors_400_and_counted(attempt):
     assert not closed(attempt())["overflow"]
 
 
+def test_more_tokens_at_least_than_the_config_allows_leave_the_engine_whole(attempt):
+    made = attempt()
+    for asked in ({"min_tokens": 1500}, {"min_tokens": 1}):
+        reply = made.openai.chat.completions.create(
+            model="policy", messages=[{"role": "user", "content": "hi"}], timeout=120, extra_body=asked
+        )
+        assert reply.usage.completion_tokens <= 1000
+    assert len(made.calls()) == 2
+
+
+def test_what_vllm_refuses_within_a_stream_is_the_clients_doing(attempt):
+    made = attempt()
+    schema = {"type": "json_schema", "name": "x", "schema": {"type": "zzz"}}
+    with pytest.raises(openai.APIError, match="zzz"):
+        list(made.openai.responses.create(model="policy", input="hi", stream=True, text={"format": schema}))
+    made.openai.responses.create(model="policy", input="hi", max_output_tokens=2)
+    assert not any(closed["failed"] for closed in made.close().values())
+
+
 def test_another_400_is_no_overflow(attempt):
     one = attempt()
     with pytest.raises(openai.BadRequestError) as refused:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from vllm.exceptions import VLLMValidationError
 
 from raygent.actors import gateway
 from raygent.actors.gateway import APIS, MAX_MESSAGE, POLICY, Gateway, KeyRefused, current_call, mint_key, read_key
@@ -542,13 +543,18 @@ async def test_what_breaks_before_an_answer_was_not_served():
     assert door.end_attempt("r", 1).failed
 
 
+@pytest.mark.parametrize("wrapped", ["", "in a group", "as a cause"])
 @pytest.mark.parametrize("path", ["/chat/completions", "/responses", "/messages"])
-async def test_a_request_that_vllm_refuses_in_its_stream_is_the_clients_fault(path):
+async def test_a_request_that_vllm_refuses_in_its_stream_is_the_clients_fault(path, wrapped):
+    error = VLLMValidationError("Grammar error: Invalid type: zzz")
+
     class Refuses(App):
         async def __call__(self, scope, receive, send):
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
-            raise ValueError("Grammar error: Invalid type: zzz")
+            if wrapped == "as a cause":
+                raise RuntimeError("the response already started") from error
+            raise ExceptionGroup("", [error]) if wrapped else error
 
     door = gate(Refuses())
     start, answer = await call_whole(door, f"/a/{key_for()}/v1{path}")
