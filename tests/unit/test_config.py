@@ -181,6 +181,7 @@ WRONG_SECTIONS = {
     "min_group": ({"algorithm": "group_size = 4\nmin_group = 5"}, r"algorithm\.min_group: 5 is more than .*lower it"),
     "mini_batches": ({"algorithm": "mini_batches = 3"}, r"algorithm\.mini_batches: .* choose a divisor of 128"),
     "ranks": ({"learner": "ranks = 3"}, r"learner\.ranks: 128 rollouts .* choose a divisor of 128"),
+    "checkpoint": ({"evaluate": 'checkpoint = "last"'}, r"evaluate\.checkpoint: the steps that one .* or \"best\", not 'last'"),
     "zero_stage": ({"learner": "zero_stage = 7"}, r"learner\.zero_stage: should be 0, 1, 2 or 3, not 7"),
     "betas": ({"learner": "betas = [0.9, 1.5]"}, r"learner\.betas\.1: should be less than 1"),
     "lora": ({"learner": "lora = 8"}, r"learner\.lora: a section, not the value 8; write \[learner\.lora\] and its keys below it"),
