@@ -17,8 +17,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 KEEP_ALIVE_S = 3600  # longer than clients keep an idle connection: none is closed while a request is on its way
 BACKLOG = 2048
-
-
 UPGRADE = re.compile(rb"(\r\n)upgrade(:[ \t]*h2c[ \t]*\r\n)", re.IGNORECASE)
 
 

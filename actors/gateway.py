@@ -303,7 +303,7 @@ class Gateway:
             agent=agent,
             mode=key.mode if self.trains(agent) else "eval",
             api=api or "",
-            request=body.decode("utf-8", "replace"),
+            request=body.decode(),
             untrainable="prompt_logprobs_only" if only_prompt else media,
             tools=tools_of(request),
         )

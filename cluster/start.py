@@ -159,7 +159,7 @@ def _follow(
     info = client.get_job_info(job)
     if info.status == JobStatus.SUCCEEDED:
         return 0
-    if info.driver_exit_code is None or info.driver_exit_code not in SAID_BY_THE_JOB:
+    if info.driver_exit_code not in SAID_BY_THE_JOB:
         print(f"job {job} {info.status.lower()}: {info.message}", file=sys.stderr)
     return info.driver_exit_code or 1
 

@@ -267,18 +267,15 @@ def _takes(path: str, template: str | None, role: str) -> bool:
     """Whether the template renders what the role says; one that refuses it where it stands here may take it elsewhere."""
     from jinja2 import TemplateError
 
-    ask = {"role": "user", "content": "a"}
-    said, others = (
-        [*([ask] if role != "system" else []), {"role": role, "content": text}, *([ask] if role == "system" else [])]
-        for text in ("b", "c")
-    )
+    def rendered(text: str) -> str:
+        asks, says = {"role": "user", "content": "a"}, {"role": role, "content": text}
+        messages = [says, asks] if role == "system" else [asks, says]
+        return _tokenizer_at(path, template).apply_chat_template(messages, tokenize=False)
+
     try:
-        one, other = (
-            _tokenizer_at(path, template).apply_chat_template(messages, tokenize=False) for messages in (said, others)
-        )
+        return rendered("b") != rendered("c")
     except (TemplateError, TypeError, KeyError, ValueError):
         return True
-    return one != other
 
 
 def _tokenizer(config: Config) -> Any:

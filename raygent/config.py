@@ -10,6 +10,7 @@ import difflib
 import os
 import re
 import tomllib
+from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -376,6 +377,17 @@ class Evaluate(Section):
     checkpoint: Annotated[int, Field(ge=0)] | Literal["best"] | None = (
         None  # of `raygent evaluate`, by its steps; None: last
     )
+
+    @field_validator("checkpoint", mode="wrap")
+    @classmethod
+    def one_checkpoint(cls, value: Any, read: Callable[[Any], Any]) -> Any:
+        try:
+            return read(value)
+        except ValidationError:
+            raise ValueError(
+                'evaluate.checkpoint: the steps that one of the checkpoints has done, as 100, or "best", not '
+                f"{_shown(value)}"
+            ) from None
 
 
 class Upstream(Section):
@@ -896,8 +908,6 @@ def _one_line(error: ValidationError) -> str:
     """The first error, an unknown key before all: a section misspelt makes its keys missing too."""
     first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     loc = [str(part) for part in first["loc"]]
-    if loc[:2] == ["evaluate", "checkpoint"]:
-        loc = loc[:2]  # behind it stand the arms of its union
     key, kind, given = ".".join(loc), first["type"], _shown(first["input"])
     if kind == "value_error":
         return str(first["ctx"]["error"])
@@ -933,7 +943,6 @@ _MISSING = {
 _MENDS = {
     "run.name": "a name of at most 64 letters, digits and . _ - that begins with a letter or digit",
     "upstream": "each has a name, [upstream.NAME] and its keys below it",
-    "evaluate.checkpoint": 'the steps that one of the checkpoints has done, as 100, or "best"',
     "too_short": "should have at least one entry",
     "string_too_short": "should not be empty",
     "finite_number": "should be a finite number",
