@@ -45,16 +45,13 @@ number = 3
 
 
 @pytest.fixture(autouse=True)
-def own_environment(monkeypatch):
-    """The command sets variables, imports the user's files and puts their folder on the path: that ends with the test."""
-    before, modules = dict(os.environ), set(sys.modules)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def own_environment():
+    """The command sets variables: that ends with the test."""
+    before = dict(os.environ)
     os.environ.pop("RAY_ADDRESS", None)
     yield
     os.environ.clear()
     os.environ.update(before)
-    for name in {"adder", "broken", "crash"} & (set(sys.modules) - modules):
-        del sys.modules[name]
 
 
 @pytest.fixture

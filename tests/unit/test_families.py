@@ -1,8 +1,6 @@
 """The parsers of a model's family: chosen by what its chat template writes, overruled by the config, in what a run uses."""
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -53,10 +51,8 @@ def test_vllm_has_every_parser() -> None:
 
 
 @pytest.fixture
-def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A run of a model that says it is a Qwen3, by its config and its template. The check imports the user's agent.py and puts
-    its folder on the path: that ends with the test."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def toml(tmp_path: Path) -> Path:
+    """A run of a model that says it is a Qwen3, by its config and its template."""
     folder = make_tiny_model(tmp_path / "model")
     about = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(about | {"model_type": "qwen3"}))
@@ -65,10 +61,7 @@ def toml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "train.jsonl").write_text('{"id": "1", "input": "1 + 1"}\n')
     path = tmp_path / "train.toml"
     path.write_text('[model]\npath = "model"\n[agent]\nrun = "agent.py:answer"\n[data]\ntrain = "train.jsonl"\n')
-    known = "agent" in sys.modules
-    yield path
-    if not known:
-        sys.modules.pop("agent", None)
+    return path
 
 
 def flags(path: Path, *overrides: str) -> str:
