@@ -48,7 +48,10 @@ PLAIN = {
     "trace_decode_token_ids": None,
 }
 SAMPLING = ("n", "temperature", "top_p", "top_k", "min_p", "max_tokens", "stop", "seed")  # as the record tells them
-
+STUCK = (
+    "response_format, structured_outputs, tool_choice: the model has no token that could follow under this grammar and the "
+    "request's other limits (allowed_token_ids, bad_words, ...); ask for another form or leave the limits out"
+)
 
 FAILS = (RayError, ValueError, TypeError, OverflowError)  # the store's refusal; a value that is none of its column's
 
@@ -229,6 +232,10 @@ class RunningCall:
             if choice.finish_reason:
                 self.finish_reasons[choice.index] = choice.finish_reason
 
+    def stuck(self) -> bool:
+        """Whether vLLM ended it with an error for its grammar: no token was left to sample."""
+        return self.params.structured_outputs is not None and "error" in self.finish_reasons.values()
+
     def end(self) -> asyncio.Task[None] | None:
         """Take the call down as it is now and stop what still runs of it, once. The task that appends the record."""
         if self.llm.calls.pop(self.request_id, None) is None:
@@ -364,6 +371,8 @@ class CapturingLLM(AsyncLLM):
                         output.prompt_token_ids = call.rendered  # parsers of a stream look for an end of thinking in it
                     if output.finished and (recording := call.end()):
                         await asyncio.shield(recording)
+                    if call.stuck():
+                        raise VLLMValidationError(STUCK)
                     yield output
         finally:
             call.end()

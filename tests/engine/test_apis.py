@@ -354,6 +354,20 @@ def test_what_vllm_refuses_within_a_stream_is_the_clients_doing(attempt):
     assert not any(closed["failed"] for closed in made.close().values())
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_grammar_that_leaves_no_token_is_the_clients_doing(attempt, stream):
+    made = attempt()
+    asked = {"model": "policy", "messages": [{"role": "user", "content": "hi"}], "stream": stream}
+    impossible = {"allowed_token_ids": [1], "structured_outputs": {"choice": ["a"]}}
+    with pytest.raises(openai.APIError, match="no token that could follow") as error:
+        list(made.openai.chat.completions.create(**asked, extra_body=impossible))
+    assert stream or error.value.status_code == 400
+    list(made.openai.chat.completions.create(**asked, max_tokens=2))
+    stuck, _ = made.calls()
+    assert stuck["finish_reason"] == "error" and not stuck["trainable"]
+    assert not any(closed["failed"] for closed in made.close().values())
+
+
 def test_another_400_is_no_overflow(attempt):
     one = attempt()
     with pytest.raises(openai.BadRequestError) as refused:
