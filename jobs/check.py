@@ -1,7 +1,7 @@
 """What can be known to be wrong before anything starts: each command and each job begins with check().
 
-Quick on purpose: no torch, no vLLM is imported for a check (but for two tokenizers to be compared); vLLM's names are read from
-its source.
+Quick on purpose: no torch, no vLLM is imported for a check (but for two tokenizers to be compared, and for the layers that
+`learner.lora.targets` names); vLLM's names are read from its source.
 """
 
 from __future__ import annotations
@@ -333,6 +333,28 @@ def _check_model(config: Config) -> None:
         tools, reasoning = parsers(str(about.get("model_type")), template_of(config))
         config.model.tool_parser = config.model.tool_parser or tools
         config.model.reasoning_parser = config.model.reasoning_parser or reasoning
+        _check_targets(config)
+
+
+def _check_targets(config: Config) -> None:
+    """That the adapters find the layers they name: by making them, around a model without storage."""
+    if not (config.learner.lora and config.learner.lora.targets):
+        return
+    from raygent.actors.adapters import add_adapters
+
+    try:
+        add_adapters(without_weights(config.model.path), config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def without_weights(path: str) -> Any:
+    """The model, its parameters on torch's device "meta": shapes alone."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
 
 
 def _check_heads(config: Config, about: dict[str, Any]) -> None:

@@ -23,6 +23,7 @@ from raygent.jobs.check import (
     on_cluster,
     submits,
     template_of,
+    without_weights,
 )
 from raygent.records import last_line, to_json
 
@@ -223,12 +224,7 @@ def count_parameters(config: Config, teacher: str | None = None) -> int:
         return sum(map(_count_in, files))
     if not about_model(config):
         return 0
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config.model.path))
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in without_weights(config.model.path).parameters())
 
 
 def _count_in(path: Path) -> int:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import struct
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any, get_args, get_origin
 
 import psutil
 import pytest
+from tiny_model import make_tiny_model
 
 from raygent.algorithms.verl_names import SOUND_LOSSES, UNSOUND_LOSSES
 from raygent.cli import main
@@ -597,6 +599,24 @@ def test_a_dry_run_tells_the_share_of_each_file(project, capsys):
 
 def test_a_dry_run_refuses_as_a_run_does(project, capsys):
     assert "data.train" in refused(capsys, "train", "--dry-run", project / "train.toml", "data.train=x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        (["q_prj"], r"the model has no layer 'q_prj'; did you mean q_proj\?"),
+        (["q_proj", "nope"], "the model has no layer 'nope'; name linear layers of the model"),
+        (["embed_tokens"], "names what is no linear layer"),
+        (["norm"], "LlamaRMSNorm.* is not supported"),
+        (["q_proj", "mlp.up_proj"], ""),
+    ],
+)
+def test_layers_that_adapters_go_around(project, targets, told):
+    shutil.rmtree(project / "model")
+    make_tiny_model(project / "model")
+    (project / "train.toml").write_text(toml(learner__lora=f"targets = {json.dumps(targets)}"))
+    with pytest.raises(ConfigError, match=rf"learner\.lora\.targets: .*{told}") if told else nullcontext():
+        check.check(load(project / "train.toml"))
 
 
 # what is right
