@@ -84,6 +84,7 @@ REFUSED = {
     "ec_transfer_params": "the engine keeps them to itself, and one that is wrong would end it; leave it out",
     "background": "a call ends with its request; leave background out",
 }
+ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # Types of parts of a conversation, the three APIs', that are no text.
 MEDIA = {"image", "image_url", "image_file", "input_image", "computer_screenshot", "file", "input_file", "document"}
 MEDIA |= {"audio_url", "input_audio", "video_url", "input_video"}
@@ -324,7 +325,7 @@ class Gateway:
         upstream = self.upstream_of(asked) if asked else None
         by_model = upstream and (asked in upstream.settings.agents or not self.upstream_of(header))
         found = in_path or (asked if by_model else header) or asked or "agent"
-        return found.encode("utf-8", "replace").decode()
+        return found
 
     def _for_engine(self, request: dict[str, Any], mode: str) -> dict[str, Any]:
         """`request`, changed to what vLLM's app gets."""
@@ -613,6 +614,13 @@ def _wrong_in(request: Any, body: bytes) -> str:
         return "the body must be a JSON object"
     if body.count(b"[") + body.count(b"{") > MOST_NESTED and nested_over(request, MOST_NESTED):
         return f"the body is nested more than {MOST_NESTED} deep"
+    if ESCAPED_SURROGATE.search(body):  # mostly halves of pairs
+        try:
+            json.dumps(request, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            return (
+                f"the body holds \\u{ord(error.object[error.start]):x}, half of a pair and no character; leave it out"
+            )
     return next((f"{name}: {why}" for name, why in REFUSED.items() if request.get(name)), "")
 
 

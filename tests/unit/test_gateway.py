@@ -195,10 +195,21 @@ async def test_it_is_remembered_that_a_call_was_not_served(status):
     assert door.end_attempt("r", 1).failed == (status >= 500)
 
 
-async def test_a_name_that_utf8_does_not_know_is_mended():
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (rb'{"model": "\ud800"}', 400),
+        (rb'{"stop": ["\uDFFF"]}', 400),
+        (rb'{"\ude42\ud83d": 1}', 400),
+        (rb'{"user": "\ud83d\ude42"}', 200),
+        (rb'{"user": "\\ud800"}', 200),  # the six letters
+    ],
+)
+async def test_half_a_pair_of_surrogates_is_refused(body, status):
     app = App()
-    await call(gate(app), f"/a/{key_for()}/v1/responses", rb'{"model": "\ud800"}')
-    assert app.contexts[0].agent == "?"
+    answered, whole = await call(gate(app), f"/a/{key_for()}/v1/responses", body)
+    assert answered == status
+    assert status == 200 or "half of a pair" in whole["error"]["message"]
 
 
 # what is passed on and refused
