@@ -306,9 +306,14 @@ def to_batch(schema: pa.Schema, records: list[Any]) -> pa.RecordBatch:
 
 
 def to_json(value: Any) -> str:
-    """`value` as JSON; what is no JSON as its text, and `{"not_json": why}` for all of it where that cannot be."""
+    """`value` as JSON; what is no JSON as its text ("NaN" and "Infinity" among it, as OTLP has them), and `{"not_json": why}` for
+    all of it where that cannot be."""
     try:
-        return utf8(json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str))
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
+        if "NaN" in text or "Infinity" in text:
+            whole = json.loads(text, parse_constant=str)
+            text = json.dumps(whole, ensure_ascii=False, separators=(",", ":"))
+        return utf8(text)
     except Exception as error:  # noqa: BLE001 - the __str__ of a user's object may raise anything
         return json.dumps({"not_json": f"{type(error).__name__}: {error}"})
 

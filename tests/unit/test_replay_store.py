@@ -388,6 +388,13 @@ async def test_records_of_several_sources_are_numbered_as_they_come(tmp_path):
         assert found == [(0, "b", 1), (1, "a", 0), (2, "a", 1), (3, "b", 0)]
 
 
+def test_numbers_that_json_lacks_are_told_as_otlp_does():
+    value = {"loss": float("nan"), "most": [float("inf"), -float("inf")], "text": "NaN \ud800", "n": 10**30, "x": 0.1}
+    assert json.loads(to_json(value), parse_constant=lambda name: pytest.fail(name)) == {
+        "loss": "NaN", "most": ["Infinity", "-Infinity"], "text": "NaN \ud800", "n": 10**30, "x": 0.1,
+    }  # fmt: skip
+
+
 async def test_a_text_that_utf8_cannot_say_is_kept_as_json_writes_it(tmp_path):
     """A lone surrogate, as models and broken files make them."""
     store = open_store(tmp_path)
