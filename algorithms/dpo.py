@@ -2,8 +2,9 @@
 
 Loss -log sigmoid(beta x margin), margin = log(p/p_ref)(best) - log(p/p_ref)(worst), each of a whole rollout; the reference is the
 first weights. Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, eq. 7. With several agents each has its pairs, of its own
-tokens, and with R rollouts in pairs each pair counts 2 / R, so with one agent the loss is the mean over pairs. The gradient is that of the tokens' log-probabilities times +-beta x sigmoid(-beta x margin),
-which stand here as advantages: exact where one optimiser step follows the measurement, hence one mini-batch and one epoch.
+tokens, and with R rollouts in pairs each pair counts 2 / R, so with one agent the loss is the mean over pairs. The gradient is
+that of the tokens' log-probabilities times +-beta x sigmoid(-beta x margin), which stand here as advantages: exact where one
+optimiser step follows the measurement, hence one mini-batch and one epoch.
 """
 
 from __future__ import annotations
@@ -54,5 +55,6 @@ def check(settings: Algorithm) -> None:
     for key, right in RIGHT.items():
         if getattr(settings, key) != right:
             raise ValueError(
-                f"algorithm.{key}: {getattr(settings, key)} is not sound for dpo, whose loss is of whole pairs; set algorithm.{key}={json.dumps(right)}"
+                f"algorithm.{key}: {getattr(settings, key)} is not sound for dpo, whose loss is of whole pairs; "
+                f"set algorithm.{key}={json.dumps(right)}"
             )

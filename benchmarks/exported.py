@@ -4,7 +4,8 @@
 
 Of the finished `raygent train` with these arguments (full weights) it takes calls that the engine answered greedily with the
 weights of the newest checkpoint, those of the last evaluation, asks `vllm serve` on that checkpoint for as many tokens behind the
-same prompts' tokens, and compares them; benchmarks/results/exported.json has the count. A reply's end is one of its tokens. Calls with tools are left out: vLLM samples those with a strict schema under a grammar.
+same prompts' tokens, and compares them; benchmarks/results/exported.json has the count. A reply's end is one of its tokens.
+Calls with tools are left out: vLLM samples those with a strict schema under a grammar.
 """
 
 from __future__ import annotations

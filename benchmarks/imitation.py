@@ -3,8 +3,9 @@
     uv run python benchmarks/imitation.py [sql] [known_optimum] [section.key=value ...]
 
 Of each, of sql where none is named, three runs of `raygent train`, all from the same start, which is a model that can write some
-SQL, or one of random weights: `grpo`; `sft` on the best of each task's rollouts in that run's store, those of its later policies too; `distill`, whose teacher is
-that run's last checkpoint. `gain` is the mean reward on held-out tasks after minus before, with its paired bootstrap 95 % interval.
+SQL, or one of random weights: `grpo`; `sft` on the best of each task's rollouts in that run's store, those of its later policies
+too; `distill`, whose teacher is that run's last checkpoint. `gain` is the mean reward on held-out tasks after minus before, with
+its paired bootstrap 95 % interval.
 Puts the figures into benchmarks/results/imitation/.
 """
 

@@ -98,8 +98,8 @@ def eval_rollouts(
 ) -> list[Rollout]:
     """`evaluate.samples` runs of each held-out task, all at one pinned version and with these prompts.
 
-    The ids tell what the task and the prompts are and what the outcome depends on besides (digests.evaluation_digest()), so that one of others
-    is no rollout that the store has already.
+    The ids tell what the task and the prompts are and what the outcome depends on besides (digests.evaluation_digest()), so that
+    one of others is no rollout that the store has already.
     """
     told, prompts = [depends_on, *([prompts] if prompts else [])], prompts or {}
     groups = [

@@ -1,5 +1,5 @@
-"""The table `prompts` of a run that changes prompts, alone or in turn with the weights: `store/prompts/prompts.parquet`, all versions of all prompts with their
-parents, written whole by the driver; and `prompts/NAME.txt`, the best version of each as text.
+"""The table `prompts` of a run that changes prompts, alone or in turn with the weights: `store/prompts/prompts.parquet`, all
+versions of all prompts with their parents, written whole by the driver; and `prompts/NAME.txt`, the best version of each as text.
 """
 
 from __future__ import annotations

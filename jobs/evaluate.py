@@ -41,9 +41,10 @@ def evaluate(parts: Parts, tasks: list[Task]) -> tuple[dict[str, pa.Table], dict
     """Run the tasks at the version served now, which stays pinned until they have ended.
 
     Rollouts of this step that the store has already stay as they are. Returns the store's tables of all of them and a
-    summary: `reward` (the mean over tasks of the mean over a task's rollouts), `low` and `high` (its 95 % bootstrap interval over tasks), `n` (tasks with a reward), `lost` (those that
-    infrastructure lost), `several_calls_share` (rollouts of more than one call) and `several_calls_reward` (mean reward of those), `calls` (a rollout), `failed/OUTCOME` (rollouts, with their reward), and with several `evaluate.samples` `pass@k`, where
-    a reward of 1 passes.
+    summary: `reward` (the mean over tasks of the mean over a task's rollouts), `low` and `high` (its 95 % bootstrap interval over
+    tasks), `n` (tasks with a reward), `lost` (those that infrastructure lost), `several_calls_share` (rollouts of more than one
+    call) and `several_calls_reward` (mean reward of those), `calls` (a rollout), `failed/OUTCOME` (rollouts, with their reward),
+    and with several `evaluate.samples` `pass@k`, where a reward of 1 passes.
     """
     rollouts = eval_rollouts(parts.config, tasks, parts.step, parts.version, parts.prompts, parts.depends_on)
     if stored := len(rollouts) - parts.queue(rollouts):

@@ -188,7 +188,8 @@ def read_verdict(value: Any, who: str) -> Verdict | None:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON has it (tuples become lists, numpy's and torch's numbers Python's). Raises TypeError or ValueError where it is nothing of the kind."""
+    """`value` as JSON has it (tuples become lists, numpy's and torch's numbers Python's). Raises TypeError or ValueError where
+    it is nothing of the kind."""
     try:
         return json.loads(json.dumps(value, default=_number))
     except RecursionError as error:
