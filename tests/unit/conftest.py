@@ -11,11 +11,11 @@ import pytest
 @pytest.fixture(autouse=True)
 def users_modules_end_with_the_test(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """The check imports the user's agent.py and puts its folder on the path: another test's agent.py is not that one."""
-    folder = tmp_path_factory.getbasetemp()
+    folder, before = tmp_path_factory.getbasetemp(), set(sys.modules)
     yield
     sys.path[:] = [entry for entry in sys.path if not Path(entry).is_relative_to(folder)]
-    for name, module in list(sys.modules.items()):
-        if Path(getattr(module, "__file__", None) or "/").is_relative_to(folder):
+    for name in sys.modules.keys() - before:
+        if Path(getattr(sys.modules[name], "__file__", None) or "/").is_relative_to(folder):
             del sys.modules[name]
 
 
