@@ -30,6 +30,7 @@ import pyarrow as pa
 from raygent.actors.file_lock import lock
 from raygent.actors.segments import CLOSED, RECORDS, STATE, Contents, Rolled, Segment, StoreDamaged, write_rolled
 from raygent.actors.store_state import (
+    REWOUND,
     AttemptState,
     RolloutState,
     attempt_row,
@@ -68,7 +69,6 @@ SEGMENT_BYTES = 128 << 20  # a segment that has grown so large is rolled by itse
 LOCK_WAIT_S = 10.0  # for a killed predecessor's lock
 LATE_HEARTBEATS_S = 0.1  # heartbeats that wait behind a stall of ours are heard before a lease is called lost
 CANCELLED = "cancelled"  # outcome of a rollout nobody wants any more, and of an attempt that lost its rollout so
-REWOUND = "rewound"  # outcome of a rollout whose step is to be done again: its id may be added again
 
 
 class AttemptSealed(ValueError):
@@ -116,7 +116,18 @@ class ReplayStore:
     # the queue
 
     async def add_rollouts(self, rollouts: list[Rollout]) -> int:
-        """Queue the rollouts whose ids are not known yet, or were freed by a rewind. Durable. Returns how many."""
+        """Queue the rollouts whose ids are not known yet, or were freed by a rewind. Durable. Returns how many.
+
+        One that is known as another task's (the config or the data has changed) and is not trained is rewound first: a group
+        of two tasks would compare what cannot be compared.
+        """
+        self._undo(
+            known
+            for rollout in rollouts
+            if (known := self.state.rollouts.get(rollout.rollout_id))
+            and known.task_id != rollout.task_id
+            and known.trained_step < 0
+        )
         rows = []
         for rollout in rollouts:
             known = self.state.rollouts.get(rollout.rollout_id)
@@ -189,30 +200,36 @@ class ReplayStore:
         """Go back to before `step` (None: the newest there is): it and the steps after it are to be done again. Durable,
         idempotent.
 
-        Rollouts of `step` stay as they are, running ones are queued again. Those of later steps, and those of `step` that
-        were lost, are dropped with outcome "rewound", their attempts kept as late ones; their ids may be added again, with
-        attempt numbers that go on. With `keep` what has ended in later steps stays as it is, and so does what was trained.
+        What has ended of `step` stays as it is, but for what was lost. That, all of later steps, and all that has not ended
+        is dropped with outcome "rewound": who goes on asks for what it wants, and an open rollout of another agent, of an
+        evaluation or of a search is not run by it. Attempts are kept as late ones; the ids may be added again, with attempt
+        numbers that go on. With `keep` what has ended in later steps stays as it is, and so does what was trained.
         """
-        step = max((r.step for r in self.state.rollouts.values()), default=0) if step is None else step
-        rollouts: list[dict[str, Any]] = []
-        attempts: list[dict[str, Any]] = []
-        for rollout in self.state.rollouts.values():
-            row: dict[str, Any] = {"trained_step": -1} if rollout.trained_step >= step and not keep else {}
-            later = rollout.step > step and not (keep and rollout.status in ENDED)
-            again = later or (rollout.step == step and rollout.status == "lost")
-            if again and rollout.outcome != REWOUND:
-                row = _end(rollout, "dropped", REWOUND) | {"winning_attempt": 0, "reward": None, "trained_step": -1}
-                attempts += [_stopped(attempt, CANCELLED) for attempt in self._running(rollout.rollout_id)]
-                if rollout.winning_attempt:
-                    won = {"rollout_id": rollout.rollout_id, "attempt": rollout.winning_attempt}
-                    attempts.append(won | {"won": False, "late": True})
-            elif rollout.status == "running":
-                row |= {"status": "queued"}
-                attempts += [_stopped(attempt, "lease_lost") for attempt in self._running(rollout.rollout_id)]
-            if row:
-                rollouts.append({"rollout_id": rollout.rollout_id} | row)
-        self._change(rollouts=rollouts, attempts=attempts)
+        all_known = self.state.rollouts.values()
+        step = max((r.step for r in all_known), default=0) if step is None else step
+        self._undo(
+            one
+            for one in all_known
+            if one.status not in ENDED or (one.step > step and not keep) or (one.step == step and one.status == "lost")
+        )
+        trained = [one.rollout_id for one in all_known if one.trained_step >= step and not keep]
+        self._change(rollouts=[{"rollout_id": name, "trained_step": -1} for name in trained])
         await self._durable()
+
+    def _undo(self, rollouts: Iterable[RolloutState]) -> None:
+        """Drop them as rewound, but for those that are."""
+        rows: dict[str, dict[str, Any]] = {}
+        attempts: list[dict[str, Any]] = []
+        for rollout in rollouts:
+            name = rollout.rollout_id
+            if rollout.outcome == REWOUND or name in rows:
+                continue
+            rows[name] = _end(rollout, "dropped", REWOUND)
+            rows[name] |= {"winning_attempt": 0, "reward": None, "trained_step": -1}
+            attempts += [_stopped(attempt, CANCELLED) for attempt in self._running(name)]
+            if rollout.winning_attempt:
+                attempts.append({"rollout_id": name, "attempt": rollout.winning_attempt, "won": False, "late": True})
+        self._change(rollouts=list(rows.values()), attempts=attempts)
 
     async def mark_trained(self, step: int, rollout_ids: list[str]) -> None:
         """Note that learner step `step` took these rollouts. Durable, idempotent."""
@@ -335,7 +352,7 @@ class ReplayStore:
         was said in them, which is most of their bytes), rewards and, where asked for, `spans`.
 
         Records are ordered by rollout and sequence. What it returns is durable. Dropped and lost rollouts have a row in
-        "rollouts" and nothing else.
+        "rollouts" and nothing else, rewound ones not even that.
         """
         # Held records and `rolled` are of the same moment, so a roll that ends meanwhile neither doubles nor hides a row.
         read = reader_of_winners(self.directory, self.state, self.rolled, (mode, step), spans, texts)

@@ -19,6 +19,8 @@ from raygent.actors.segments import KINDS, RECORDS, STATE, Contents, Rolled, Sto
 from raygent.actors.store_tables import CALL_TEXTS, StepKey, check_files, read_records, read_states, with_texts
 from raygent.records import ENDED, SCHEMAS, AttemptKey, to_batch, utf8
 
+REWOUND = "rewound"  # outcome of a rollout whose step is to be done again: its id may be added again
+
 
 @dataclass(slots=True)
 class RolloutState:
@@ -225,10 +227,11 @@ def reader_of_winners(
     """What reads the ended rollouts of step `key`, and of their winning attempts the attempts, calls (with their `texts`, or
     without), rewards and, where asked for, `spans`, as they stand now; it may be called later and in another thread.
 
-    Records are ordered by rollout and sequence. Dropped and lost rollouts have a row in "rollouts" and nothing else.
+    Records are ordered by rollout and sequence. Dropped and lost rollouts have a row in "rollouts" and nothing else, rewound
+    ones not even that.
     """
     rollouts = state.steps.get(key, {}).values()
-    ended = pa.array([rollout.status in ENDED for rollout in rollouts], pa.bool_())
+    ended = pa.array([one.status in ENDED and one.outcome != REWOUND for one in rollouts], pa.bool_())
     winners = {(one.rollout_id, one.winning_attempt) for one in rollouts if one.status in ("succeeded", "failed")}
     won = [state.attempts[winner] for winner in sorted(winners)]
     attempts = pa.Table.from_batches([to_batch(SCHEMAS["attempts"], [attempt_row(attempt) for attempt in won])])

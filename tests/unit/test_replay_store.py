@@ -189,9 +189,10 @@ async def test_rewind_frees_the_ids_of_later_steps_and_keeps_what_they_made(tmp_
     await store.rewind(1)
     assert await store.heartbeat("w", [("r3", 1)]) == [("r3", 1)]
     async for now in now_and_reopened(store, tmp_path):
-        rows = [(await taken(now, step))["rollouts"] for step in range(5)]
-        assert [row["trained_step"] for (row,) in rows] == [0, -1, -1, -1, -1]
-        assert [row["outcome"] for (row,) in rows] == ["succeeded"] * 2 + ["rewound"] * 3
+        of = [now.state.rollouts[f"r{n}"] for n in range(5)]
+        assert [one.trained_step for one in of] == [0, -1, -1, -1, -1]
+        assert [one.outcome for one in of] == ["succeeded"] * 2 + ["rewound"] * 3
+        assert [len((await taken(now, step))["rollouts"]) for step in range(5)] == [1, 1, 0, 0, 0]
         assert not (await taken(now, 2))["calls"]
     store = now
     assert await store.add_rollouts([rollout(n, step=n) for n in range(4)]) == 2
@@ -255,19 +256,42 @@ async def test_an_evaluation_drops_only_what_had_not_ended(tmp_path):
         await run_attempt(store, lease)
     await store.mark_trained(1, ["r1"])
     await store.rewind(0, keep=True)
-    rows = [(await taken(store, step))["rollouts"][0] for step in range(5)]
-    assert [row["outcome"] for row in rows] == ["succeeded"] * 3 + ["rewound"] * 2
-    assert [row["trained_step"] for row in rows] == [-1, 1, -1, -1, -1]
+    of = [store.state.rollouts[f"r{n}"] for n in range(5)]
+    assert [one.outcome for one in of] == ["succeeded"] * 3 + ["rewound"] * 2
+    assert [one.trained_step for one in of] == [-1, 1, -1, -1, -1]
 
 
-async def test_rewind_queues_the_running_rollouts_of_its_step_again(tmp_path):
+@pytest.mark.parametrize("keep", [False, True])
+async def test_rewind_drops_what_has_not_ended_for_who_goes_on_asks_again(tmp_path, keep):
     store = open_store(tmp_path)
-    await store.add_rollouts([rollout(0), rollout(1)])
+    asked = [rollout(0), rollout(2), rollout(4)]
+    await store.add_rollouts(asked)
     first, _ = await store.lease("w", 2)
     await run_attempt(store, first)
-    await store.rewind(0)
-    assert keys(await store.lease("w", 9)) == [("r1", 2)]
+    await store.rewind(0, keep)
+    assert await store.lease("w", 9) == []
+    assert await store.wait(0, "train", 0) == 0
+    assert await store.add_rollouts(asked[:2]) == 1
+    assert keys(await store.lease("w", 9)) == [("r2", 2)]
     assert (await store.status())["succeeded"] == 1
+
+
+async def test_a_rollout_of_another_task_is_done_again(tmp_path):
+    """As where tasks_per_step, group_size or the data have changed when a run goes on: no group is of two tasks."""
+    store = open_store(tmp_path)
+    await store.add_rollouts([rollout(0), rollout(1), rollout(2)])
+    for lease in await store.lease("w", 9):
+        await run_attempt(store, lease)
+    await store.mark_trained(0, ["r2"])
+    await store.close()
+    now = open_store(tmp_path)
+    others = [rollout(0), replace(rollout(1), task_id="other"), replace(rollout(2), task_id="other")]
+    assert await now.add_rollouts(others) == 1
+    (lease,) = await now.lease("w", 9)
+    assert keys([lease]) == [("r1", 2)] and lease.rollout.task_id == "other"
+    assert [row["task_id"] for row in (await taken(now, 0))["rollouts"]] == ["t0", "t2"]
+    await run_attempt(now, lease, reward=0.25)
+    assert [row["reward"] for row in (await taken(now, 0))["rollouts"]] == [1.0, 0.25, 1.0]
 
 
 async def test_rewind_lets_what_was_lost_in_its_step_be_asked_again(tmp_path):
@@ -487,7 +511,9 @@ async def test_records_of_an_attempt_that_lost_its_lease_between_rolls_are_all_t
     await store.add_rollouts([rollout(0), rollout(1)])
     await store.lease("w", 2)
     await store.append("calls", calls("r0", 1, 0))
-    await store.rewind(0)  # takes the leases
+    store.leases, store.next_expiry = dict.fromkeys(store.leases, 0.0), 0.0
+    assert await store.wait(0, "train", 0) == 2
+    assert not store.leases
     await store.append("calls", calls("r0", 1, 1))
     await store.roll()  # calls 0 and 1 are in Parquet
     await store.append("calls", calls("r0", 1, 1, 2))

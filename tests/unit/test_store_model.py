@@ -214,15 +214,13 @@ class StoreMachine(RuleBasedStateMachine):
         for of in self.model.values():
             if of.trained >= step:
                 of.trained = -1
-            again = of.rollout.step > step or (of.rollout.step == step and of.status == "lost")
+            open_yet = of.status not in ENDED
+            again = open_yet or of.rollout.step > step or (of.rollout.step == step and of.status == "lost")
             if again and of.outcome != "rewound":
                 of.status, of.outcome, of.reward, of.winner = "dropped", "rewound", None, 0
                 of.stop("cancelled")
                 for attempt in of.attempts:
                     attempt.won, attempt.late = False, attempt.late or attempt.won
-            elif of.status == "running":
-                of.status = "queued"
-                of.stop("lease_lost")
         self.ask(self.store.rewind(step))
 
     @rule(step=st.integers(0, 2), numbers=rollouts)
@@ -280,7 +278,8 @@ class StoreMachine(RuleBasedStateMachine):
         for mode, step in STEPS:
             tables = self.ask(taken(self.store, step, mode))  # type: ignore[arg-type]
             of_step = [of for of in self.model.values() if (of.rollout.mode, of.rollout.step) == (mode, step)]
-            ended = {of.rollout.rollout_id: of.status for of in of_step if of.status in ENDED}
+            there = [of for of in of_step if of.status in ENDED and of.outcome != "rewound"]
+            ended = {of.rollout.rollout_id: of.status for of in there}
             assert {row["rollout_id"]: row["status"] for row in tables["rollouts"]} == ended
             won = [of.attempts[of.winner - 1] for of in of_step if of.status in ("succeeded", "failed")]
             won.sort(key=lambda attempt: attempt.rollout_id)

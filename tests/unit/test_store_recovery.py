@@ -326,8 +326,8 @@ async def all_brought_to_their_end(images: list[tuple[Path, Any]]) -> None:
         before = {step: await taken(store, step) for step in (0, 1)}
         counted = Counter(row["rollout_id"] for tables in before.values() for row in tables["calls"])
         assert set(counted.values()) <= {2} and set(counted) >= set(sealed), image
-        await store.add_rollouts(ALL)
         await store.rewind(1)
+        await store.add_rollouts(ALL)
         leases = await store.lease("w", 8)
         assert not {lease.rollout.rollout_id for lease in leases} & set(sealed), image
         assert set(await asyncio.gather(*(run_attempt(store, lease) for lease in leases))) <= {"won"}, image
