@@ -21,7 +21,7 @@ class Checkpoint:
     step: int
     version: int
     # See laid_out(); empty in those of older runs.
-    laid_out: dict[str, int] = field(default_factory=dict, compare=False)
+    laid_out: dict[str, int | str] = field(default_factory=dict, compare=False)
     # The prompts in force, by name, where they are improved in turn with the weights.
     prompts: dict[str, PromptVersion] = field(default_factory=dict, compare=False)
 
@@ -34,9 +34,14 @@ class Checkpoint:
         return replace(self, path=self.path / CRITIC)
 
 
-def laid_out(config: Config) -> dict[str, int]:
-    """How the optimiser's state is cut up into files, by the keys of the config that tell it."""
-    keys = {"learner.ranks": config.learner.ranks, "learner.zero_stage": config.learner.zero_stage}
+def laid_out(config: Config) -> dict[str, int | str]:
+    """How the optimiser's state is cut up into files and kept in them, by the keys of the config that tell it."""
+    learner = config.learner
+    keys: dict[str, int | str] = {
+        "learner.ranks": learner.ranks,
+        "learner.zero_stage": learner.zero_stage,
+        "learner.dtype": learner.dtype,
+    }
     return keys | ({"critic.ranks": critic.learner.ranks} if (critic := config.of_critic) else {})
 
 

@@ -414,7 +414,10 @@ class Learner:
             source = Path(self.config.model.path)
             if source.is_dir() and not any(source.glob("tokenizer*")):
                 return
-            AutoTokenizer.from_pretrained(self.config.model.path).save_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(self.config.model.path)
+            if template := self.config.model.chat_template:  # what the policy was trained with
+                tokenizer.chat_template = Path(template).read_text()
+            tokenizer.save_pretrained(folder)
 
 
 def checkpoint_activations(model: Any) -> None:

@@ -219,9 +219,11 @@ class UpstreamProxy:
                 raise Unanswered("no reply within timeout_s", float("inf")) from error
             except (httpx.TransportError, httpx.DecodingError) as error:
                 raise Unanswered(f"{type(error).__name__}: {error}") from error
-            check_answered(response)
             status = response.status_code
             account = 400 <= status < 500 and ACCOUNT.search(beginning(response))
+            if status == 429 and _spent(response):
+                raise Unanswered(f"HTTP 429 from {url}: {beginning(response)}", float("inf"), status)
+            check_answered(response)
             if status in MISTAKES or 300 <= status < 400 or account:
                 raise Unanswered(f"HTTP {status} from {url}: {beginning(response)}", float("inf"), status)
             if response.is_success and not stream:
@@ -419,6 +421,14 @@ def _told(event: bytes) -> Any:
     lines = [line.removeprefix(b"data:").strip() for line in event.splitlines() if line.startswith(b"data:")]
     data = b"\n".join(lines)
     return "[DONE]" if data == b"[DONE]" else _json(data)
+
+
+def _spent(response: httpx.Response) -> bool:
+    """Whether a 429 is an account without money, by OpenAI's code for it: to come again does not help. Its message does not
+    tell, since others say the same of a minute's limit."""
+    told = _json(response.content)
+    error = told.get("error") if isinstance(told, dict) else None
+    return isinstance(error, dict) and "insufficient_quota" in (error.get("code"), error.get("type"))
 
 
 def _json(data: bytes) -> Any:

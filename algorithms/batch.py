@@ -137,20 +137,20 @@ def _note_measured(what: str, drafts: list[Draft], measured: list[np.ndarray]) -
 
 def lacking_groups(tables: dict[str, pa.Table], config: Config) -> int:
     """How many more groups with signal a step of `algorithm.tasks_per_step` wants."""
-    entries, *_ = _entries(tables, config, {})
+    entries, *_ = _entries(tables, config, None)
     return max(0, config.algorithm.tasks_per_step - len(_groups_with_signal(_pools(entries), config)))
 
 
 def _entries(
-    tables: dict[str, pa.Table], config: Config, baselines: Baselines
+    tables: dict[str, pa.Table], config: Config, baselines: Baselines | None
 ) -> tuple[list[Entry], Counter[str], set[str], list[Trajectory]]:
     """What trained agents did in the groups that are kept; the size of every group; those that are too small; and what all agents
-    did in the others."""
+    did in the others. `baselines` None: greedy rollouts are still to come, and no group is too small for want of one."""
     rollouts = _ended(tables)
     sizes = Counter(row["group_id"] for row in rollouts)
     least = config.algorithm.min_group if _compares_groups(config) else 1
-    greedy = config.named_algorithm.needs_greedy
-    small = {group for group, size in sizes.items() if size < least or (greedy and group not in baselines)}
+    without = sizes.keys() - baselines if baselines is not None and config.named_algorithm.needs_greedy else set()
+    small = {group for group, size in sizes.items() if size < least} | without
     entries, seen = _acted([row for row in rollouts if row["group_id"] not in small], tables, config)
     return entries, sizes, small, seen
 
@@ -163,7 +163,7 @@ def _ended(tables: dict[str, pa.Table]) -> list[Row]:
 def _acted(rollouts: list[Row], tables: dict[str, pa.Table], config: Config) -> tuple[list[Entry], list[Trajectory]]:
     """What trained agents did in `rollouts` and got for it, and what all agents did."""
     calls = _calls(tables["calls"])
-    of_agents, of_turns = _agent_rewards(tables["rewards"]), _turn_rewards(tables["rewards"], calls)
+    of_agents, of_turns = agent_rewards(tables["rewards"]), _turn_rewards(tables["rewards"], calls)
     entries: list[Entry] = []
     seen: list[Trajectory] = []
     for row in rollouts:
@@ -387,7 +387,7 @@ def _views(column: pa.ChunkedArray) -> list[np.ndarray]:
     return [values[start:end] for start, end in pairwise(whole.offsets.to_pylist())]
 
 
-def _agent_rewards(rewards: pa.Table) -> dict[tuple[str, str], float]:
+def agent_rewards(rewards: pa.Table) -> dict[tuple[str, str], float]:
     """Rewards given to one agent rather than to the rollout: the last of each. Those of other names are told, not trained."""
     rows = rewards.select(["rollout_id", "name", "agent", "value", "call_sequence", "sequence"]).to_pylist()
     own = [row for row in rows if row["agent"] and row["name"] == "reward" and row["call_sequence"] < 0]

@@ -58,16 +58,17 @@ class Parts:
     """Store, engine, workers and learners of the run `config` names, as a context manager.
 
     `step` is the number of steps done, `version` the policy version the engines serve, `prompts` those that rollouts get which
-    bring none of their own. `learn=False` starts no learners (evaluation, and runs that change prompts alone).
+    bring none of their own. `learn=False` starts no learners (evaluation, and runs that change prompts alone);
+    `evaluates`: the run is looked at, and neither begins nor goes on.
     """
 
-    def __init__(self, config: Config, learn: bool = True) -> None:
+    def __init__(self, config: Config, learn: bool = True, evaluates: bool = False) -> None:
         self.config = config
         self.learn_too = learn
         self.directory = config.run_directory
         self.directory.mkdir(parents=True, exist_ok=True)
-        self.evaluates = not learn and not config.changes_prompts  # and so neither begins a run nor goes on with one
-        if not (self.evaluates and (self.directory / "config.toml").is_file()):
+        self.evaluates = evaluates
+        if not (evaluates and (self.directory / "config.toml").is_file()):
             write_atomically(self.directory / "config.toml", [config.to_toml().encode()])
         self.failures_told: set[str] = set()
         self.versions, self.depends_on = Versions(self.directory), evaluation_digest(config)
@@ -89,7 +90,7 @@ class Parts:
             )
             ray.init(namespace=NAMESPACE, log_to_driver=False, logging_level=logging.WARNING, **here)
         config, secret = self.config, secrets.token_hex(32)
-        if self.evaluates:
+        if self.evaluates and not config.changes_prompts:
             checkpoint = checkpoint_to_evaluate(config)
         else:
             checkpoint = latest_checkpoint(self.directory) if config.run.resume else None

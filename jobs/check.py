@@ -64,10 +64,17 @@ SHARED = "which ends with the job; give one that stays and that all nodes see, a
 ENDING_S = 10.0  # for a store whose driver has just been ended
 
 
-def check(config: Config, learn: bool = True) -> None:
+def check(config: Config, learn: bool = True, emptied: bool = False) -> None:
     """Raises ConfigError, one line with the key and the mend, for what would fail later on. Parsers that `config` leaves
-    open are set to those of the model's family. `learn`: learners start, and go on from the run's checkpoint."""
+    open are set to those of the model's family. `learn`: the run begins or goes on, from its checkpoint where it has one;
+    `emptied`: whatever lies in its folder goes."""
     _check_run_directory(config)
+    if learn and not config.run.resume and config.run_directory.is_dir() and any(config.run_directory.iterdir()):
+        raise ConfigError(
+            f"run.resume: false, and {config.run_directory} stands already; choose another run.name or delete it"
+        )
+    if not emptied:
+        _check_begun(config)
     if learn:
         _check_checkpoint(config)
     elif config.run_directory.exists() or not submits():
@@ -101,12 +108,15 @@ def _check_run_directory(config: Config) -> None:
         raise ConfigError(f"run.directory: {there} {what}; give another folder")
     if JOB_COPIES in directory.parts:
         raise ConfigError(f"run.directory: {directory} would lie in the job's own copy of your files, {SHARED}")
-    if not config.run.resume and directory.is_dir() and any(directory.iterdir()):
-        raise ConfigError(f"run.resume: false, and {directory} stands already; choose another run.name or delete it")
     if is_locked(directory / "store" / "lock"):
         raise ConfigError(
             f"run.name: {directory} is a run that goes on; wait for its end, stop it, or choose another name"
         )
+
+
+def _check_begun(config: Config) -> None:
+    """That what cannot change is as it was when the run began."""
+    directory = config.run_directory
     begun = directory / "config.toml"
     if begun.is_file():
         try:
@@ -139,8 +149,8 @@ def _check_checkpoint(config: Config) -> None:
     for key, value in laid_out(config).items():
         if (then := checkpoint.laid_out.get(key, value)) != value:
             raise ConfigError(
-                f"{key}: {value}, and {checkpoint.path} was written with {then}, by which its optimiser's state is cut up; write "
-                "it as it was, or choose another run.name"
+                f"{key}: {value}, and {checkpoint.path} was written with {then}, by which its optimiser's state is kept; write it "
+                "as it was, or choose another run.name"
             )
 
 

@@ -65,7 +65,7 @@ def summarise(tables: dict[str, pa.Table]) -> dict[str, float]:
     counted = calls.group_by("rollout_id").aggregate([("sequence", "count")])
     number = dict(zip(counted["rollout_id"].to_pylist(), counted["sequence_count"].to_pylist(), strict=True))
     turns = np.array([number.get(rollout, 0) for rollout in rollouts["rollout_id"].to_pylist()])
-    again = turns > 1
+    again = turns[known] > 1
     by_task: dict[str, list[float]] = defaultdict(list)
     for task, reward in zip(rollouts["task_id"].to_pylist(), rewards, strict=True):
         if not np.isnan(reward):
@@ -80,9 +80,9 @@ def summarise(tables: dict[str, pa.Table]) -> dict[str, float]:
             "high": high,
             "n": len(by_task),
             "lost": pc.count_distinct(rollouts["task_id"]).as_py() - len(by_task),
-            "calls": float(turns.mean()) if len(turns) else 0.0,
-            "several_calls_share": float(again.mean()) if len(turns) else 0.0,
-            "several_calls_reward": float(rewards[again & known].mean()) if (again & known).any() else 0.0,
+            "calls": float(turns[known].mean()) if known.any() else 0.0,
+            "several_calls_share": float(again.mean()) if known.any() else 0.0,
+            "several_calls_reward": float(rewards[known][again].mean()) if again.any() else 0.0,
         }
         | failed_by_outcome(rollouts)
         | (passes(tries) if max(map(len, tries.values()), default=0) > 1 else {})
@@ -100,7 +100,7 @@ def evaluate_checkpoint(config: Config) -> None:
     from raygent.cluster.parts import Parts
 
     held_out = held_out_tasks(config)
-    with Parts(config, learn=False) as parts:
+    with Parts(config, learn=False, evaluates=True) as parts:
         _, summary = evaluate(parts, held_out)
         if not summary["n"]:
             raise ConfigError(

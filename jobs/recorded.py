@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from raygent.actors.segments import StoreDamaged
 from raygent.actors.store_state import read_store, reader_of_winners
+from raygent.algorithms.batch import agent_rewards
 from raygent.cluster.task_choice import due
 from raygent.config import Config, ConfigError
 from raygent.data_files import read_rows
@@ -47,7 +48,7 @@ def check_rollouts(config: Config) -> None:
         raise ConfigError(
             f"agent.train: names none of the agents that {run} has recorded, {', '.join(agents)}; write the names of some"
         )
-    rewards = [*tables["rollouts"]["reward"].to_pylist(), *tables["rewards"]["value"].to_pylist()]
+    rewards = [*tables["rollouts"]["reward"].to_pylist(), *agent_rewards(tables["rewards"]).values()]
     best = max((reward for reward in rewards if reward is not None), default=0.0)
     if threshold is not None and best < threshold:
         raise ConfigError(f"algorithm.threshold: {threshold:g}, and the best reward in {run} is {best:g}; lower it")

@@ -167,7 +167,7 @@ def main(arguments: list[str]) -> int:
     try:
         config = config_to_try(load(asked.config, asked.overrides))
         task = choose_task(config, asked.task)
-        check(config)
+        check(config, learn=False, emptied=True)
         return try_agent(config, task)
     except ConfigError as error:
         print(f"raygent: {error}", file=sys.stderr)

@@ -82,7 +82,7 @@ def _run(asked: argparse.Namespace, config: Config) -> int:
         from raygent.jobs.evaluate import held_out_tasks
 
         held_out_tasks(config)
-    check(config, learn=asked.command == "train")
+    check(config, learn=asked.command == "train", emptied=asked.command == "try")
     return submit_and_follow(config, MODULES[asked.command], arguments)
 
 

@@ -585,6 +585,11 @@ class Config(Section):
             raise ValueError(
                 f"algorithm.drop_flat_groups: false leaves the critic of {settings.name} without returns for some; leave it out"
             )
+        if named.returns and self.critic.warmup_steps >= self.run.steps:
+            raise ValueError(
+                f"critic.warmup_steps: {self.critic.warmup_steps} of run.steps = {self.run.steps} leave none in which the policy "
+                "learns; lower it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -52,12 +52,17 @@ class Group:
             sample.reference = measured
 
 
+OWN_TEMPLATE = "{% for message in messages %}[{{ message.role }}] {{ message.content }}{% endfor %}"
+
+
 def start_group(folder: Path, stage: int, tie: bool, **learner: Any) -> Group:
     """Two ranks on a tiny model, its head tied or not, with a KL reference that is not the policy."""
     model = make_tiny_model(folder / "model", tie=tie)
+    template = folder / "own.jinja"
+    template.write_text(OWN_TEMPLATE)
     settings = config(
         run={"directory": str(folder / "runs"), "name": "test", "steps": 10},
-        model={"path": str(model)},
+        model={"path": str(model), "chat_template": str(template)},
         algorithm={"kl": 0.3, "clip_low": 0.2, "clip_high": 0.25},
         learner={"zero_stage": stage, "learning_rate": 1e-3, "clip_gradient": 0.5, "weight_decay": 0.1} | learner,
     )

@@ -12,6 +12,7 @@ import pytest
 import ray
 from plain import NAMES, Batch, Plain, furthest, make_batch, token_logprobs
 from ranks import (
+    OWN_TEMPLATE,
     Arrays,
     Group,
     die_in_a_collective,
@@ -47,9 +48,9 @@ def test_an_exported_checkpoint_is_the_policy(group: Group, batch: Batch) -> Non
     with safe_open(checkpoint.path / "model.safetensors", "pt") as file:
         assert ("lm_head.weight" in file.keys()) == (not tied)  # noqa: SIM118
     assert tied == (group.stage != 0)
-    assert AutoTokenizer.from_pretrained(checkpoint.path).decode([70, 71]) == AutoTokenizer.from_pretrained(
-        group.model
-    ).decode([70, 71])
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    assert tokenizer.decode([70, 71]) == AutoTokenizer.from_pretrained(group.model).decode([70, 71])
+    assert tokenizer.chat_template == OWN_TEMPLATE  # served elsewhere, it is asked as it was trained
     assert json.loads((checkpoint.path / "generation_config.json").read_text())["eos_token_id"] == 2
 
     call = max(batch.trainable("a1"), key=lambda one: len(one.response_token_ids))

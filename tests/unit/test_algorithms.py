@@ -321,6 +321,8 @@ def test_groups_without_signal_are_lacking() -> None:
     found = tables(rollouts, [call(row["rollout_id"], 0, [1], [5]) for row in rollouts])
     assert lacking_groups(found, settings_of("dapo", tasks_per_step=3)) == 1
     assert lacking_groups(found, settings_of("dapo", tasks_per_step=2)) == 0
+    # Greedy rollouts are sampled behind the refills.
+    assert lacking_groups(found, settings_of("remax", tasks_per_step=2)) == 0
 
 
 def test_a_group_whose_greedy_rollout_was_lost_is_dropped() -> None:

@@ -450,14 +450,17 @@ def test_a_run_that_stands_already(project, capsys):
     assert "job's own copy" in refused(capsys, "train", toml, lost)
 
 
-@pytest.mark.parametrize(("key", "now"), [("learner.ranks", 2), ("learner.zero_stage", 3)])
+@pytest.mark.parametrize(
+    ("key", "now"), [("learner.ranks", 2), ("learner.zero_stage", 3), ("learner.dtype", "bfloat16")]
+)
 def test_a_checkpoint_that_is_cut_up_otherwise(project, capsys, key, now):
     checkpoint = project / "runs" / "mine" / "checkpoints" / "step-000003"
     checkpoint.mkdir(parents=True)
     (project / "runs" / "mine" / "config.toml").write_text(f'[model]\npath = "{project / "model"}"\n')
-    about = {"step": 3, "version": 3, "laid_out": {"learner.ranks": 1, "learner.zero_stage": 2}}
+    as_it_is = {"learner.ranks": 1, "learner.zero_stage": 2, "learner.dtype": "float32"}
+    about = {"step": 3, "version": 3, "laid_out": as_it_is}
     (checkpoint / "raygent.json").write_text(json.dumps(about))
-    asked = ["run.name=mine", "learner.ranks=1", "learner.zero_stage=2"]
+    asked = ["run.name=mine", *(f"{name}={value}" for name, value in as_it_is.items())]
     check._check_checkpoint(load(project / "train.toml", asked))
     check.check(load(project / "train.toml", [*asked, f"{key}={now}"]), learn=False)  # an evaluation's
     said = refused(capsys, "train", project / "train.toml", *asked, f"{key}={now}")
@@ -493,6 +496,22 @@ def test_try_leaves_a_try_that_goes_on_alone(project, capsys, monkeypatch):
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert "run-try goes on" in refused(capsys, "try", project / "train.toml")
     assert (project / "runs/run-try/store/lock").exists()
+
+
+def test_a_try_takes_whatever_the_last_one_was_of(project, capsys, monkeypatch):
+    begun = []
+    monkeypatch.setattr("raygent.cli.submit_and_follow", lambda config, *rest: begun.append(config.run.name) or 0)
+    before = project / "runs" / "run-try" / "config.toml"
+    before.parent.mkdir(parents=True)
+    for text in (
+        '[model]\npath = "/another"\n',
+        '[algorithm]\nname = "apo"\n',
+        "[learner.lora]\nrank = 3\n",
+        "no TOML",
+    ):
+        before.write_text(text)
+        assert main(["try", str(project / "train.toml"), "run.resume=false"]) == 0, capsys.readouterr().err
+    assert begun == ["run-try"] * 4 and before.exists()
 
 
 def test_an_input_that_no_process_can_be_given(project, capsys):

@@ -26,6 +26,16 @@ def parts(tmp_path):
     return made
 
 
+def test_an_evaluation_leaves_the_runs_configuration(tmp_path):
+    asked = {"run": {"directory": str(tmp_path)}, "prompts": {"writer": "w.txt"}, "algorithm": {"name": "apo"}}
+    begun = Parts(config(**asked), learn=False)
+    before = (begun.directory / "config.toml").read_bytes()
+    Parts(config(**asked | {"engine": {"temperature": 0.5}}), learn=False, evaluates=True)
+    assert (begun.directory / "config.toml").read_bytes() == before
+    Parts(config(**asked | {"engine": {"temperature": 0.5}}), learn=False)
+    assert (begun.directory / "config.toml").read_bytes() != before
+
+
 def sample(versions: list[int], logprobs: list[float]) -> Sample:
     known = np.array(logprobs, np.float32)
     mask, versions_of = np.ones(len(known), bool), np.array(versions, np.int32)

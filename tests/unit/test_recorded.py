@@ -21,6 +21,7 @@ from raygent.config import ConfigError
 from raygent.data_files import load_tasks
 from raygent.jobs import check
 from raygent.jobs.recorded import batch_of, check_chats, check_rollouts, read_chats
+from raygent.records import REWARDS, Reward, to_batch
 
 CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]},
@@ -246,6 +247,7 @@ async def test_recorded_rollouts_that_nothing_can_be_trained_of_are_told(tmp_pat
     store = open_store(tmp_path / "first" / "store")
     await store.add_rollouts([rollout(0)])
     (lease,) = await store.lease("worker", 1)
+    await store.append("rewards", to_batch(REWARDS, [Reward("r0", 1, "x", 0, 250.0, "speed", "{}", "agent")]))
     await run_attempt(store, lease, reward=0.5)
     crash(store)
 

@@ -314,6 +314,8 @@ async def test_a_stream_that_is_only_kept_alive_breaks_off(vendor):
             {"error": {"type": "invalid_request_error", "message": "Your credit balance is too low to access the API"}},
         ),
         (400, b'[{"error": {"message": "API key not valid. Please pass a valid API key."}}]'),
+        (429, {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}),
+        (429, {"error": {"message": "You exceeded your current quota", "type": "insufficient_quota", "code": None}}),
     ],
 )
 async def test_an_account_that_is_empty_is_no_agents_doing(vendor, status, told):
