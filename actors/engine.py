@@ -89,7 +89,7 @@ def vllm_flags(config: Config, model: str, replica: str = "") -> list[str]:
     if config.engine.gpus:
         settings["tensor_parallel_size"] = max(1, int(config.engine.gpus))
     else:
-        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": 256 * 2**20, "max_num_seqs": 128}
+        settings |= {"enforce_eager": True, "kv_cache_memory_bytes": config.engine.cache_bytes, "max_num_seqs": 128}
     if lora := config.learner.lora:
         number = len(config.adapters)
         rank = next(rank for rank in LORA_RANKS if rank >= lora.rank)

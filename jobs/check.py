@@ -41,6 +41,8 @@ from raygent.jobs.recorded import check_chats, check_rollouts
 from raygent.prompts import PROMPTS_VARIABLE
 from raygent.records import Task
 
+KEEP_ALL = ("llama", "qwen2", "qwen3")  # kinds of models whose layers all attend to the whole context
+CACHE_BLOCK = 128  # tokens; vLLM's on a CPU
 SCRIPTS = (".py", ".js", ".mjs", ".cjs", ".ts", ".sh", ".rb", ".pl", ".php", ".lua", ".jl", ".R")
 # vLLM arguments that raygent sets itself, and the key that is for users ("": none).
 OURS = {
@@ -339,6 +341,7 @@ def _check_model(config: Config) -> None:
         if name not in (None, NONE):
             _check_name(key, name, vllm_parsers(place))
     _check_heads(config, about)
+    _check_cache(config, about)
     if about:
         tools, reasoning = parsers(str(about.get("model_type")), template_of(config))
         config.model.tool_parser = config.model.tool_parser or tools
@@ -378,6 +381,25 @@ def _check_heads(config: Config, about: dict[str, Any]) -> None:
         raise ConfigError(
             f"learner.sequence_parallel: {shared} ranks cannot share out the model's {heads} heads of attention, {of_keys} of keys "
             "and values; choose a divisor of both"
+        )
+
+
+def _check_cache(config: Config, about: dict[str, Any]) -> None:
+    """That an engine on a CPU has room for one call of the whole context, where each layer keeps all of it: vLLM would not start."""
+    plain = about.get("model_type") in KEEP_ALL and not about.get("use_sliding_window")
+    context = config.model.context or about.get("max_position_embeddings")
+    told = all(about.get(key) for key in ("num_hidden_layers", "num_attention_heads", "hidden_size"))
+    odd = "kv_cache_dtype" in config.engine.vllm_arguments()
+    if config.engine.gpus or not plain or not context or not told or odd:
+        return
+    heads = about.get("num_key_value_heads") or about["num_attention_heads"]
+    head = about.get("head_dim") or about["hidden_size"] // about["num_attention_heads"]
+    width = 4 if (config.engine.dtype or config.learner.dtype) == "float32" else 2
+    each = 2 * about["num_hidden_layers"] * heads * head * width  # keys and values of a token
+    if (room := config.engine.cache_bytes // each) < context:
+        raise ConfigError(
+            f"model.context: {context:,} tokens, and engine.kv_cache_memory_bytes = {config.engine.cache_bytes} hold {room:,}; "
+            f"lower it to {room // CACHE_BLOCK * CACHE_BLOCK}, or set engine.kv_cache_memory_bytes = {each * (context + CACHE_BLOCK)}"
         )
 
 

@@ -29,7 +29,6 @@ from raygent.records import last_line, to_json
 
 # Resident memory of the processes beside what is in them; measured with a small model on CPU.
 LEARNER_PROCESS, ENGINE_PROCESSES, WORKER_PROCESS = 1.0 * 2**30, 1.8 * 2**30, 0.3 * 2**30
-KV_CACHE = 256 * 2**20  # of an engine on CPU, where engine.kv_cache_memory_bytes does not say otherwise
 LOGITS_BYTES = (
     20  # of [tokens, vocabulary] at most: the model's logits, float32 copies, their log-softmax, the gradient
 )
@@ -177,7 +176,6 @@ def memory_estimate(config: Config) -> dict[str, float]:
     vocabulary = about_model(config).get("vocab_size") or 0
     logits = config.learner.micro_batch_tokens / config.learner.sequence_parallel * vocabulary * LOGITS_BYTES
     engine_width = _width(config.engine.dtype or config.learner.dtype)
-    cache = config.engine.vllm_arguments().get("kv_cache_memory_bytes", 0 if config.engine.gpus else KV_CACHE)
     of_others = {}
     if critic := config.of_critic:  # its logits are one a token
         of_others["critic_rank"] = parameters * _bytes_of_states(critic.learner) + LEARNER_PROCESS
@@ -188,7 +186,7 @@ def memory_estimate(config: Config) -> dict[str, float]:
         "learner_states": states,
         "learner_logits": logits,
         "learner_rank": states + logits + LEARNER_PROCESS,
-        "engine": parameters * engine_width + cache + ENGINE_PROCESSES,
+        "engine": parameters * engine_width + config.engine.cache_bytes + ENGINE_PROCESSES,
     }
 
 

@@ -336,6 +336,9 @@ class ReferenceSection(Section):
     gpus: float | None = Field(None, ge=0, le=1)  # a rank; None: as the learner
 
 
+CPU_CACHE_BYTES = 256 * 2**20
+
+
 class EngineSection(BaseModel):
     """Besides these keys any argument of vLLM's engine by its name (`gpu_memory_utilization = 0.8`)."""
 
@@ -352,6 +355,11 @@ class EngineSection(BaseModel):
 
     def vllm_arguments(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+    @property
+    def cache_bytes(self) -> int:
+        """Of a replica's KV cache; 0 on a GPU, of which vLLM takes what is free, unless it is given."""
+        return self.vllm_arguments().get("kv_cache_memory_bytes", 0 if self.gpus else CPU_CACHE_BYTES)
 
 
 class Workers(Section):

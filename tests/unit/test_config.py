@@ -169,6 +169,10 @@ WRONG_SECTIONS = {
         {"data": 'train = "a"\ncurriculum = true', "algorithm": 'name = "ppo"\ngroup_size = 1\ntasks_per_step = 16'},
         r"data\.curriculum: it measures how .* algorithm\.group_size = 1; use 2 or more",
     ),
+    "warmup_of_all_steps": (
+        {"algorithm": 'name = "ppo"', "critic": "warmup_steps = 5", "run": "steps = 5"},
+        r"critic\.warmup_steps: 5 of run\.steps = 5 leave none in which the policy learns; lower it",
+    ),
     "empty_text": ({"model": 'path = ""'}, r"model\.path: should not be empty"),
     "nan": ({"learner": "learning_rate = nan"}, r"learner\.learning_rate: should be a finite number, not nan"),
     "infinite": ({"engine": "temperature = inf"}, r"engine\.temperature: should be a finite number"),
@@ -478,7 +482,7 @@ def test_a_run_begun_by_a_job_with_another_copy_of_the_files(project):
         (run / "config.toml").write_text(f'[model]\npath = "{begun}"\n')
         config = load(project / "train.toml", ["run.name=mine"])
         with nullcontext() if same else pytest.raises(ConfigError, match="was begun with"):
-            check._check_run_directory(config)
+            check._check_begun(config)
 
 
 def test_a_run_that_goes_on(project, capsys, monkeypatch):
@@ -618,6 +622,31 @@ def test_a_dry_run_tells_the_share_of_each_file(project, capsys):
 
 def test_a_dry_run_refuses_as_a_run_does(project, capsys):
     assert "data.train" in refused(capsys, "train", "--dry-run", project / "train.toml", "data.train=x.jsonl")
+
+
+def test_a_context_that_the_cache_has_no_room_for(project):
+    """Of Qwen2.5-0.5B: 24,576 bytes a token in float32."""
+    about = {
+        "model_type": "qwen2", "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2, "hidden_size": 896,
+        "max_position_embeddings": 32768, "use_sliding_window": False,
+    }  # fmt: skip
+    (project / "model" / "config.json").write_text(json.dumps(about))
+
+    def checked(*overrides):
+        check.check(load(project / "train.toml", list(overrides)))
+
+    with pytest.raises(
+        ConfigError, match=r"model\.context: 32,768 tokens, and .* = 268435456 hold 10,922; lower it to 10880, or"
+    ):
+        checked()
+    with pytest.raises(
+        ConfigError, match=r"hold 5,461; lower it to 5376, or set engine\.kv_cache_memory_bytes = 808452096"
+    ):
+        checked("engine.kv_cache_memory_bytes=134217728")
+    checked("model.context=10880")
+    checked("engine.kv_cache_memory_bytes=808452096")
+    with pytest.raises(ConfigError, match="hold 21,845"):
+        checked("engine.dtype=bfloat16")
 
 
 @pytest.mark.parametrize(

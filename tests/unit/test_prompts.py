@@ -386,11 +386,11 @@ def test_a_run_is_gone_on_with_by_the_same_search_alone(tmp_path, change, what):
     begun.run_directory.mkdir()
     (begun.run_directory / "config.toml").write_text(begun.to_toml())
     (begun.run_directory / "store").mkdir()
-    check._check_run_directory(begun)
+    check._check_begun(begun)
     check._check_prompts(begun)
     again = asked(**change)
     with pytest.raises(ConfigError, match=what):
-        check._check_run_directory(again)
+        check._check_begun(again)
         check._check_prompts(again)
     note_begun(begun, load_tasks(begun.data.train))
     check._check_prompts(begun)
