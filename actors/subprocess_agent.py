@@ -149,8 +149,8 @@ def agent_variables(config: Config, task_input: Any, endpoint: ModelEndpoint, ev
         "ANTHROPIC_BASE_URL": endpoint.anthropic_base_url,
         "ANTHROPIC_API_KEY": endpoint.api_key,
         "RAYGENT_MODEL": endpoint.model,
-        "RAYGENT_TASK": task_variable(task_input),
-        PROMPTS_VARIABLE: prompts_variable(endpoint.prompts),
+        "RAYGENT_TASK": variable(task_input),
+        PROMPTS_VARIABLE: variable(endpoint.prompts),
         EVENTS_FILE: events,
         "RAYGENT_REWARD_URL": f"{endpoint.anthropic_base_url}/v1/rewards",
     }
@@ -162,15 +162,7 @@ def agent_variables(config: Config, task_input: Any, endpoint: ModelEndpoint, ev
     return added
 
 
-def task_variable(task_input: Any) -> str:
-    return _variable(task_input)
-
-
-def prompts_variable(texts: dict[str, str]) -> str:
-    return _variable(texts)
-
-
-def _variable(value: Any) -> str:
+def variable(value: Any) -> str:
     """JSON as short as it can be in an environment variable: half a surrogate pair has no UTF-8."""
     text = json.dumps(value, ensure_ascii=False)
     try:

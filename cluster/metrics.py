@@ -350,8 +350,8 @@ def seconds_by_part(steps: list[dict[str, Any]], rest: dict[str, float]) -> dict
     total = dict(rest)
     for row in steps:
         for name, value in row.items():
-            part = name.removeprefix("seconds/")
-            if part not in (name, "step"):
+            if name.startswith("seconds/") and name != "seconds/step":
+                part = name.removeprefix("seconds/")
                 total[part] = total.get(part, 0.0) + value
     return {part: round(value, 2) for part, value in total.items()}
 

@@ -27,8 +27,7 @@ from raygent.actors.subprocess_agent import (
     JOB_COPIES,
     PROMPTS_BYTES,
     TASK_BYTES,
-    prompts_variable,
-    task_variable,
+    variable,
 )
 from raygent.algorithms.named import PROMPT_NAMES
 from raygent.callables import AGENT_OFFERS, arguments, load_callable
@@ -180,7 +179,7 @@ def _check_data(config: Config) -> None:
     held_out = load_tasks(config.data.eval, "data.eval")
     for key, tasks in (("data.train", load_tasks(config.data.train)), ("data.eval", held_out)):
         for task in tasks:
-            if apart and len(task_variable(task.input).encode(errors="replace")) > TASK_BYTES:
+            if apart and len(variable(task.input).encode(errors="replace")) > TASK_BYTES:
                 raise ConfigError(
                     f"{key}: task {task.id}: its input is over {TASK_BYTES} bytes as JSON, more than RAYGENT_TASK holds; put "
                     "it into a file that the input names"
@@ -270,7 +269,7 @@ SEARCHES_BY = {  # what the prompts of a run depend on
 def _check_prompts(config: Config) -> None:
     texts = config.first_prompts()
     apart = config.agent.command is not None or config.agent.in_ == "subprocess"
-    if apart and len(prompts_variable(texts).encode(errors="replace")) > PROMPTS_BYTES:
+    if apart and len(variable(texts).encode(errors="replace")) > PROMPTS_BYTES:
         raise ConfigError(
             f"prompts: together over {PROMPTS_BYTES} bytes as JSON, more than {PROMPTS_VARIABLE} holds; shorten them, or set "
             'agent.in = "process"'

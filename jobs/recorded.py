@@ -177,13 +177,13 @@ def _tables_of_chats(config: Config, chats: list[tuple[int, str, dict[str, Any]]
     for number, place, row in chats:
         name = f"chat-{number:06d}"
         rollouts.append(
-            {name: None for name in SCHEMAS["rollouts"].names}
+            dict.fromkeys(SCHEMAS["rollouts"].names)
             | {"rollout_id": name, "task_id": name, "group_id": name, "mode": "train", "status": "succeeded"}
             | {"outcome": "succeeded", "reward": 1.0, "attempts": 1, "winning_attempt": 1}
         )
         for sequence, (prompt, response) in enumerate(tokens_of(config, place, row)):
             calls.append(
-                {name: None for name in SCHEMAS["calls"].names}
+                dict.fromkeys(SCHEMAS["calls"].names)
                 | {"rollout_id": name, "attempt": 1, "sequence": sequence, "agent": row.get("agent") or "agent"}
                 | {"prompt_token_ids": prompt, "response_token_ids": response, "logprobs": [0.0] * len(response)}
                 | {"policy_versions": [ELSEWHERE] * len(response), "temperature": 1.0, "trainable": True}

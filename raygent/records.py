@@ -93,8 +93,8 @@ class Call:
     `source` and `source_sequence` name it where it was recorded (an engine replica and its own count within the
     attempt, from 0): appends are idempotent by them. `sequence` is its place in the attempt, given by the store.
     A request with n > 1 is n calls with the same `request_id`, `choice` 0..n-1.
-    `trainable` is False where the logprobs are not those of the plain policy (`untrainable_why`: grammar,
-    prompt_logprobs_only, ...): such tokens never get a loss mask.
+    `trainable` is False where the logprobs are not those of the plain policy (`untrainable_why`: the parameters that change what
+    is sampled, as structured_outputs, a kind of media, prompt_logprobs_only, ...): such tokens never get a loss mask.
     `own_tokens`: with exact continuation how many of the prompt's first tokens are an earlier call's own, in place of those
     that the template rendered; 0 where the prompt is as it was rendered.
     A call that an upstream answered has no tokens, `policy` "upstream:NAME" and `untrainable_why` "upstream"; `response` is
@@ -117,7 +117,7 @@ class Call:
     policy_versions: list[int]  # len(response_token_ids)
     sampling: str  # JSON of the sampling parameters the engine used
     temperature: float
-    finish_reason: str  # stop | length | tool_calls | abort | error
+    finish_reason: str  # stop | length | abort | error; an upstream's own
     trainable: bool
     untrainable_why: str
     own_tokens: int
