@@ -72,7 +72,7 @@ def test_a_run_ends_at_its_limit_and_goes_on_under_a_higher_one(tmp_path):
     spent = json.loads((run / "upstreams.json").read_text())["vendor"]
     assert spent == pytest.approx(sum(call["cost"] for call in calls)) == pytest.approx(len(vendor.requests) * COST)
     attempts = pq.read_table(run / "store" / "attempts").to_pylist()
-    assert {row["outcome"] for row in attempts} <= {"succeeded", "upstream_lost", "lease_lost"}
+    assert {row["outcome"] for row in attempts} <= {"succeeded", "upstream_lost", "lease_lost", "cancelled"}
     told = ended.stdout + ended.stderr + done.stdout + done.stderr
     assert KEY not in told
     assert not [path for path in run.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
