@@ -82,7 +82,7 @@ def check(config: Config, learn: bool = True, emptied: bool = False) -> None:
         checkpoint_to_evaluate(config)
     _check_data(config)
     _check_model(config)
-    _check_prompts(config)  # behind the model, whose parsers are part of what prompts are scored by
+    _check_prompts(config, learn)  # behind the model, whose parsers are part of what prompts are scored by
     _check_recorded(config)
     _check_teacher(config)
     _check_critic(config)
@@ -266,7 +266,7 @@ SEARCHES_BY = {  # what the prompts of a run depend on
 }  # fmt: skip
 
 
-def _check_prompts(config: Config) -> None:
+def _check_prompts(config: Config, learn: bool) -> None:
     texts = config.first_prompts()
     apart = config.agent.command is not None or config.agent.in_ == "subprocess"
     if apart and len(variable(texts).encode(errors="replace")) > PROMPTS_BYTES:
@@ -296,7 +296,7 @@ def _check_prompts(config: Config) -> None:
         raise ConfigError(
             f"prompts.{other}: {config.run_directory} was begun with another first version; choose another run.name"
         )
-    if config.changes_prompts:
+    if config.changes_prompts and learn:
         _check_search_begun(config, tasks)
 
 

@@ -387,22 +387,23 @@ def test_a_run_is_gone_on_with_by_the_same_search_alone(tmp_path, change, what):
     (begun.run_directory / "config.toml").write_text(begun.to_toml())
     (begun.run_directory / "store").mkdir()
     check._check_begun(begun)
-    check._check_prompts(begun)
+    check._check_prompts(begun, True)
     again = asked(**change)
     with pytest.raises(ConfigError, match=what):
         check._check_begun(again)
-        check._check_prompts(again)
+        check._check_prompts(again, True)
     note_begun(begun, load_tasks(begun.data.train))
-    check._check_prompts(begun)
+    check._check_prompts(begun, True)
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write(json.dumps({"id": "more", "input": 9}) + "\n")
     with pytest.raises(ConfigError, match=r"data\.train: .* was begun with other tasks"):
-        check._check_prompts(begun)
+        check._check_prompts(begun, True)
     note_begun(begun, load_tasks(begun.data.train))
-    check._check_prompts(begun)
+    check._check_prompts(begun, True)
     begun.grader.failed_reward = -1.0
+    check._check_prompts(begun, False)  # an evaluation's, which searches for nothing
     with pytest.raises(ConfigError, match=r"grader, agent, .* was begun with others"):
-        check._check_prompts(begun)
+        check._check_prompts(begun, True)
 
 
 def test_the_same_command_goes_on_and_what_is_damaged_is_told(tmp_path):
