@@ -352,7 +352,7 @@ class ReplayStore:
         was said in them, which is most of their bytes), rewards and, where asked for, `spans`.
 
         Records are ordered by rollout and sequence. What it returns is durable. Dropped and lost rollouts have a row in
-        "rollouts" and nothing else, rewound ones not even that.
+        "rollouts" and no records, rewound ones not even that; "lost" has the last attempt of each that was lost.
         """
         # Held records and `rolled` are of the same moment, so a roll that ends meanwhile neither doubles nor hides a row.
         read = reader_of_winners(self.directory, self.state, self.rolled, (mode, step), spans, texts)

@@ -227,14 +227,18 @@ def reader_of_winners(
     """What reads the ended rollouts of step `key`, and of their winning attempts the attempts, calls (with their `texts`, or
     without), rewards and, where asked for, `spans`, as they stand now; it may be called later and in another thread.
 
-    Records are ordered by rollout and sequence. Dropped and lost rollouts have a row in "rollouts" and nothing else, rewound
-    ones not even that.
+    Records are ordered by rollout and sequence. Dropped and lost rollouts have a row in "rollouts" and no records, rewound ones
+    not even that; "lost" has the last attempt of each that was lost.
     """
     rollouts = state.steps.get(key, {}).values()
     ended = pa.array([one.status in ENDED and one.outcome != REWOUND for one in rollouts], pa.bool_())
     winners = {(one.rollout_id, one.winning_attempt) for one in rollouts if one.status in ("succeeded", "failed")}
     won = [state.attempts[winner] for winner in sorted(winners)]
-    attempts = pa.Table.from_batches([to_batch(SCHEMAS["attempts"], [attempt_row(attempt) for attempt in won])])
+    given_up = [state.attempts[one.rollout_id, one.attempts] for one in rollouts if one.status == "lost"]
+    attempts, lost = (
+        pa.Table.from_batches([to_batch(SCHEMAS["attempts"], [attempt_row(attempt) for attempt in some])])
+        for some in (won, given_up)
+    )
     states = {"rollouts": state.rows("rollouts", key).filter(ended), "attempts": attempts}
     wanted = ("calls", "rewards", *["spans"] * spans)
     held = {table: [batch for attempt in won for batch in attempt.held[table]] for table in wanted}
@@ -242,6 +246,7 @@ def reader_of_winners(
 
     def read() -> dict[str, pa.Table]:
         tables = {table: with_texts(directory, table, key, rows) for table, rows in states.items()}
+        tables["lost"] = with_texts(directory, "attempts", key, lost)
         for table, batches in held.items():
             columns = [name for name in SCHEMAS[table].names if texts or name not in CALL_TEXTS]
             rows = pa.Table.from_batches(batches, SCHEMAS[table]).select(columns)

@@ -118,10 +118,11 @@ def make_samples(
     samples = [sample for draft in kept for sample in draft.samples]
     weigh(samples, config)
     used = {entry.rollout["group_id"] for entry in entries if entry.advantages is not None}
+    asked = set(tables["rollouts"]["group_id"].to_pylist())
     valid = list({entry.rollout["rollout_id"]: entry.rollout for entry in entries}.values())
     return samples, _metrics(tables, valid, entries, samples, seen) | {
-        "groups": float(len(sizes)),
-        "groups_dropped": float(len(small)),
+        "groups": float(len(asked)),
+        "groups_dropped": float(len(small) + len(asked - sizes.keys())),
         "groups_flat": float(len(sizes.keys() - small - (used & _groups_with_signal(pools, config)))),
     }
 
@@ -432,12 +433,12 @@ def _metrics(
     samples: list[Sample],
     seen: list[Trajectory],
 ) -> dict[str, float]:
-    """`reward`, `turns` (calls a rollout) and `attempts_not_won` are of the rollouts in kept groups, all of the calls and
+    """`reward` and `turns` (calls a rollout) are of the rollouts in kept groups, `attempts_not_won` of all, all of the calls and
     `tokens_sampled` of every winning attempt, whichever agent acted. An attempt that did not win failed for
     infrastructure's sake, was given up when the run was stopped, or was undone by a rewind: the tables do not tell which.
     """
-    rewards = [row["reward"] for row in valid]
-    calls = tables["calls"]
+    rewards, calls = [row["reward"] for row in valid], tables["calls"]
+    asked = tables["rollouts"].select(["status", "attempts"]).to_pylist()
     sampled = calls.filter(pc.invert(pc.starts_with(calls["policy"], UPSTREAM)))
     turns = Counter(calls["rollout_id"].to_pylist())
     trajectories = [entry.trajectory for entry in entries if entry.trajectory]
@@ -460,7 +461,7 @@ def _metrics(
         "repetition": _mean(
             [repetition(node.tokens[node.prompt_length :]) for item in trajectories for node in item.nodes]
         ),
-        "attempts_not_won": float(sum(row["attempts"] - 1 for row in valid)),
+        "attempts_not_won": float(sum(row["attempts"] - (row["status"] != "lost") for row in asked)),
     }
     if versions:
         every = np.concatenate(versions)
@@ -482,8 +483,9 @@ def _metrics(
 
 
 def failed_by_outcome(rollouts: pa.Table) -> dict[str, float]:
-    """`failed/OUTCOME`: how many rollouts ended with each outcome but success."""
-    outcomes = Counter(rollouts["outcome"].to_pylist())
+    """`failed/OUTCOME`: how many rollouts ended with each outcome but success; `failed/lost`: those infrastructure lost."""
+    rows = rollouts.select(["status", "outcome"]).to_pylist()
+    outcomes = Counter("lost" if row["status"] == "lost" else row["outcome"] for row in rows)
     return {
         f"failed/{outcome}": float(count) for outcome, count in outcomes.items() if outcome not in (None, "", SUCCEEDED)
     }

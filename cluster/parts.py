@@ -29,7 +29,7 @@ from raygent.actors.replay_store import ReplayStore
 from raygent.actors.segments import write_atomically
 from raygent.algorithms.curriculum import Groups
 from raygent.cluster.digests import evaluation_digest
-from raygent.cluster.failures import failures_to_tell
+from raygent.cluster.failures import failures_to_tell, why_lost
 from raygent.cluster.keeper import beside_the_driver, end_app, start_keeper, stop_keeper
 from raygent.cluster.pacer import Versions, measured_before, steps_to_admit
 from raygent.cluster.prompt_table import prompts_in_force, steps_done
@@ -231,8 +231,9 @@ class Parts:
             with self.steps_kept():
                 raise ConfigError(
                     f"workers.max_attempts: infrastructure lost {lost} of the {len(tables['rollouts'])} rollouts of step {step + 1}, each "
-                    f"{self.config.workers.max_attempts} times (why: the store's table attempts); mend it, and the same command "
-                    "goes on there"
+                    f"{self.config.workers.max_attempts} times, the last by "
+                    f"{why_lost(tables) or 'what its workers or engines died of'} (all: the store's table attempts); mend it, and "
+                    "the same command goes on there"
                 )
         return tables
 

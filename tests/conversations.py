@@ -92,7 +92,8 @@ def reward(
 
 def tables(rollouts: list[Any], calls: list[Call], rewards: list[Reward] | None = None) -> dict[str, pa.Table]:
     rows = {"rollouts": rollouts, "attempts": [], "calls": calls, "rewards": rewards or []}
-    return {name: pa.Table.from_batches([to_batch(SCHEMAS[name], records)]) for name, records in rows.items()}
+    found = {name: pa.Table.from_batches([to_batch(SCHEMAS[name], records)]) for name, records in rows.items()}
+    return found | {"lost": found["attempts"]}
 
 
 TOKENS = st.lists(st.integers(0, 2), min_size=0, max_size=3)  # so few that conversations meet by chance

@@ -91,7 +91,9 @@ def test_weights_and_advantages_of_random_batches(batch: tuple[list[dict], list[
                     np.testing.assert_allclose(sample.advantages[sample.loss_mask], value, rtol=1e-5, atol=1e-6)
     assert metrics["tokens_trained"] == expected_tokens
     assert trained <= {row["rollout_id"] for members in compared.values() for row in members}
-    assert metrics["groups_dropped"] == sum(len(members) < 2 for members in groups.values())
+    asked = {row["group_id"] for row in rollouts}
+    assert metrics["groups"] == len(asked)
+    assert metrics["groups_dropped"] == sum(len(groups.get(name, [])) < 2 for name in asked)
     assert metrics["rollouts_valid"] == sum(map(len, compared.values()))
 
 
@@ -177,7 +179,8 @@ def test_a_rollout_without_a_call_counts_in_the_mean_but_a_lost_one_does_not() -
     assert {sample.rollout_id for sample in samples} == {"a", "b"}
     wanted = group_advantages([1.0, 0.0, 0.0])
     np.testing.assert_allclose([one.advantages[2] for one in samples], wanted[:2], rtol=1e-5)
-    assert metrics["failed/agent_error"] == 1 and metrics["failed/engine_lost"] == 1
+    assert metrics["failed/agent_error"] == 1 and metrics["failed/lost"] == 1
+    assert metrics["attempts_not_won"] == 1 and metrics["groups"] == 1
     assert metrics["rollouts_valid"] == 3 and metrics["rollouts_trained"] == 2
 
 

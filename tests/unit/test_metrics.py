@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from raygent.actors.checkpoint import checkpoint_to_evaluate
 from raygent.algorithms.batch import make_samples
 from raygent.algorithms.prompt_search import Tree
-from raygent.cluster.failures import failures_to_tell
+from raygent.cluster.failures import failures_to_tell, why_lost
 from raygent.cluster.metrics import (
     RunLog,
     best_step,
@@ -60,7 +60,7 @@ def test_a_batch_counts_all_tokens_but_compares_like_with_like():
     _, metrics = make_samples(tables(rollouts, calls), config(agent={"run": "agent:run", "train": ["main"]}))
     assert metrics["tokens_sampled"] == 10  # the judge's and the dropped group's too
     assert metrics["turns"] == 1.5  # of group a
-    assert metrics["attempts_not_won"] == 2
+    assert metrics["attempts_not_won"] == 3
 
 
 def test_a_step_tells_the_reward_and_the_share_of_each_file():
@@ -239,6 +239,11 @@ def test_what_the_newest_error_of_a_kind_said_is_told_once():
     found = tables([rollout(row[0], "a", 0.0) for row in rows], []) | {
         "attempts": pa.Table.from_pylist(attempts, ATTEMPTS)
     }
+    gone = dict.fromkeys(ATTEMPTS.names) | {"rollout_id": "d", "outcome": "upstream_lost", "finished": 4.0}
+    assert why_lost(found) == ""
+    lost = found | {"lost": pa.Table.from_pylist([gone | {"error": "upstream.judge: HTTP 500"}], ATTEMPTS)}
+    assert why_lost(lost) == "upstream_lost: upstream.judge: HTTP 500"
+    assert "upstream_lost: 1 of 3 rollouts, the newest: upstream.judge: HTTP 500 (" in failures_to_tell(lost, set())[1]
     told = set()
     (line,) = failures_to_tell(found, told)
     assert line.startswith("agent_error: 2 of 3 rollouts, the newest: KeyError: 'x' (")

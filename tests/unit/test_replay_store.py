@@ -309,6 +309,28 @@ async def test_rewind_lets_what_was_lost_in_its_step_be_asked_again(tmp_path):
     assert [await run_attempt(store, lease) for lease in leases] == ["won", "won"]
 
 
+async def test_take_tells_the_last_attempt_of_what_was_lost(tmp_path):
+    store = open_store(tmp_path, max_attempts=2)
+    await store.add_rollouts([rollout(0), rollout(2)])
+    for number in (1, 2):
+        for lease in await store.lease("w", 9):
+            name, lost = lease.rollout.rollout_id, lease.rollout.rollout_id == "r2"
+            if lost:
+                seal = Seal(name, lease.attempt, "w", "upstream_lost", None, error=f"HTTP 500, {number}")
+                assert await store.seal(seal) == "failed"
+            else:
+                assert await run_attempt(store, lease) == "won"
+    async for now in now_and_reopened(store, tmp_path):
+        tables = await taken(now)
+        assert [(row["rollout_id"], row["status"]) for row in tables["rollouts"]] == [
+            ("r0", "succeeded"),
+            ("r2", "lost"),
+        ]
+        (last,) = tables["lost"]
+        assert (last["attempt"], last["outcome"], last["error"]) == (2, "upstream_lost", "HTTP 500, 2")
+        assert [row["rollout_id"] for row in tables["attempts"]] == ["r0"]
+
+
 async def test_a_lease_that_nobody_held_since_the_store_restarted_costs_no_attempt(tmp_path):
     store = open_store(tmp_path)
     await store.add_rollouts([rollout(0), rollout(2)])
