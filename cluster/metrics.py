@@ -228,6 +228,11 @@ class RunLog:
                 f"held-out reward on {found['n']} tasks: {found['before']:.3f} before{since}, {found['after']:.3f} after; "
                 f"gain {found['gain']:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}] (paired bootstrap)"
             )
+            if found["failed"]["before"] != found["failed"]["after"]:
+                told = ", ".join(f"{kinds or 'none'} {when}" for when, kinds in found["failed"].items())
+                self.note(
+                    f"of its rollouts failed: {told}; they count with their reward, and a machine that was busier once times out more"
+                )
         elif len(evaluations) > 1:
             self.note(
                 "no gain to tell: the first evaluation and the last have no task in common with the same gold and grader"
@@ -301,6 +306,7 @@ def held_out(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
         "after": sum(after.values()) / len(tasks),
         "gain": gain,
         "gain_ci95": list(interval),
+        "failed": {when: counts_by_kind(row, "failed/") for when, row in (("before", first), ("after", last))},
         **{
             name: {"before": first.get(name), "after": last.get(name)}  # not in evaluations of an older raygent
             for name in ("several_calls_share", "several_calls_reward")

@@ -38,6 +38,18 @@ def test_a_gain_needs_two_evaluations():
     assert (found["n"], found["before"], found["after"], found["gain"]) == (2, 0.25, 0.75, 0.5)
 
 
+def test_failures_that_change_the_gain_are_told(log, capsys):
+    log.wandb.summary, log.wandb.finish = {}, lambda: None
+    log.step(0, {"reward": 0.5, "groups": 4.0, "groups_flat": 0.0, "tokens_sampled": 80.0, "tokens_trained": 8.0})
+    slow = tables([rollout("a", "a", 1.0), rollout("b", "b", 0.0) | {"outcome": "timeout"}], [])
+    well = tables([rollout("c", "a", 1.0), rollout("d", "b", 1.0)], [])
+    for step, told in ((0, slow), (1, well)):
+        log.evaluation(step, told, summarise(told))
+    counts = {name: 0 for name in ("asked", "succeeded", "retried", "lost", "trained")}
+    log.finish({"rollouts": counts, "seconds": {}, "policy_version": 1})
+    assert "of its rollouts failed: 1 timeout before, none after; they count" in capsys.readouterr().out
+
+
 def test_the_seconds_are_the_whole_runs():
     rows = [
         {"step": 0, "seconds/start": 5.0, "seconds/learn": 1.0, "seconds/step": 9.0, "push_seconds": 1.0},
