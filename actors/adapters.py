@@ -28,10 +28,10 @@ def add_adapters(model: Any, config: Config) -> Any:
 
     lora = config.learner.lora
     assert lora
-    last_words = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    layers = [name for name, _ in model.named_modules()]
     for target in lora.targets or ():
-        if not any(f".{name}".endswith(f".{target}") for name, _ in model.named_modules()):
-            near = difflib.get_close_matches(target, last_words, 1)
+        if not any(f".{layer}".endswith(f".{target}") for layer in layers):
+            near = difflib.get_close_matches(target, {layer.rpartition(".")[2] for layer in layers}, 1)
             mend = f"did you mean {near[0]}?" if near else "name linear layers of the model, as q_proj"
             raise ValueError(f"learner.lora.targets: the model has no layer {target!r}; {mend}")
     first, *others = map(_in_peft, config.adapters)

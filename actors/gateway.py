@@ -324,8 +324,7 @@ class Gateway:
         header = headers.get(AGENT_HEADER, "").encode("latin1").decode("utf-8", "replace")
         upstream = self.upstream_of(asked) if asked else None
         by_model = upstream and (asked in upstream.settings.agents or not self.upstream_of(header))
-        found = in_path or (asked if by_model else header) or asked or "agent"
-        return found
+        return in_path or (asked if by_model else header) or asked or "agent"
 
     def _for_engine(self, request: dict[str, Any], mode: str) -> dict[str, Any]:
         """`request`, changed to what vLLM's app gets."""

@@ -438,7 +438,7 @@ def _metrics(
     infrastructure's sake, was given up when the run was stopped, or was undone by a rewind: the tables do not tell which.
     """
     rewards, calls = [row["reward"] for row in valid], tables["calls"]
-    asked = tables["rollouts"].select(["status", "attempts"]).to_pylist()
+    tried = [row for row in tables["rollouts"].select(["status", "attempts"]).to_pylist() if row["status"] != "dropped"]
     sampled = calls.filter(pc.invert(pc.starts_with(calls["policy"], UPSTREAM)))
     turns = Counter(calls["rollout_id"].to_pylist())
     trajectories = [entry.trajectory for entry in entries if entry.trajectory]
@@ -461,7 +461,7 @@ def _metrics(
         "repetition": _mean(
             [repetition(node.tokens[node.prompt_length :]) for item in trajectories for node in item.nodes]
         ),
-        "attempts_not_won": float(sum(row["attempts"] - (row["status"] != "lost") for row in asked)),
+        "attempts_not_won": float(sum(row["attempts"] - (row["status"] != "lost") for row in tried)),
     }
     if versions:
         every = np.concatenate(versions)

@@ -231,7 +231,7 @@ class RunLog:
             if found["failed"]["before"] != found["failed"]["after"]:
                 told = ", ".join(f"{kinds or 'none'} {when}" for when, kinds in found["failed"].items())
                 self.note(
-                    f"of its rollouts failed: {told}; they count with their reward, and a machine that was busier once times out more"
+                    f"of its rollouts failed: {told}; they count with their reward, but for the lost ones, and a machine that was busier once times out more"
                 )
         elif len(evaluations) > 1:
             self.note(

@@ -393,13 +393,18 @@ def _check_cache(config: Config, about: dict[str, Any]) -> None:
         return
     heads = about.get("num_key_value_heads") or about["num_attention_heads"]
     head = about.get("head_dim") or about["hidden_size"] // about["num_attention_heads"]
-    width = 4 if (config.engine.dtype or config.learner.dtype) == "float32" else 2
+    width = width_of(config.engine.dtype or config.learner.dtype)
     each = 2 * about["num_hidden_layers"] * heads * head * width  # keys and values of a token
     if (room := config.engine.cache_bytes // each) < context:
         raise ConfigError(
             f"model.context: {context:,} tokens, and engine.kv_cache_memory_bytes = {config.engine.cache_bytes} hold {room:,}; "
             f"lower it to {room // CACHE_BLOCK * CACHE_BLOCK}, or set engine.kv_cache_memory_bytes = {each * (context + CACHE_BLOCK)}"
         )
+
+
+def width_of(dtype: str) -> int:
+    """Bytes of a number."""
+    return 4 if dtype == "float32" else 2
 
 
 def template_of(config: Config) -> str:

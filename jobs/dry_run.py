@@ -23,6 +23,7 @@ from raygent.jobs.check import (
     on_cluster,
     submits,
     template_of,
+    width_of,
     without_weights,
 )
 from raygent.records import last_line, to_json
@@ -175,7 +176,7 @@ def memory_estimate(config: Config) -> dict[str, float]:
         states += reference * _bytes_of_weights(config.learner)
     vocabulary = about_model(config).get("vocab_size") or 0
     logits = config.learner.micro_batch_tokens / config.learner.sequence_parallel * vocabulary * LOGITS_BYTES
-    engine_width = _width(config.engine.dtype or config.learner.dtype)
+    engine_width = width_of(config.engine.dtype or config.learner.dtype)
     of_others = {}
     if critic := config.of_critic:  # its logits are one a token
         of_others["critic_rank"] = parameters * _bytes_of_states(critic.learner) + LEARNER_PROCESS
@@ -196,7 +197,7 @@ def _bytes_of_states(learner: LearnerSection) -> float:
     ZeRO stage s shards what it names over the ranks: 1 the optimiser's states (float32 master copy and two moments), 2 the
     gradients too, 3 the weights too; Rajbhandari et al. 2020, https://arxiv.org/abs/1910.02054, section 3.
     """
-    ranks, stage, width = learner.ranks, learner.zero_stage, _width(learner.dtype)
+    ranks, stage, width = learner.ranks, learner.zero_stage, width_of(learner.dtype)
     if learner.lora:  # the adapters themselves are small beside the model
         return _bytes_of_weights(learner)
     gradients = width / (ranks if stage >= 2 else 1)
@@ -206,11 +207,7 @@ def _bytes_of_states(learner: LearnerSection) -> float:
 
 def _bytes_of_weights(learner: LearnerSection) -> float:
     """A parameter, on each rank."""
-    return _width(learner.dtype) / (learner.ranks if learner.zero_stage == 3 else 1)
-
-
-def _width(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
+    return width_of(learner.dtype) / (learner.ranks if learner.zero_stage == 3 else 1)
 
 
 def count_parameters(config: Config, teacher: str | None = None) -> int:

@@ -173,6 +173,7 @@ def test_a_rollout_without_a_call_counts_in_the_mean_but_a_lost_one_does_not() -
         rollout("b", "g", 0.0),
         rollout("silent", "g", 0.0, "failed"),
         rollout("lost", "g", 9.0, "lost"),
+        rollout("dropped", "g", 9.0, "dropped") | {"attempts": 0},
     ]
     calls = [spoken("a"), spoken("b"), spoken("lost")]
     samples, metrics = make_samples(tables(rollouts, calls), config())
