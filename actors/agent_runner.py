@@ -312,17 +312,15 @@ def read_end(end: CommandEnd, config: Config) -> Ended:
     limit, _, found = end.over.partition(" ")
     if limit == "over_memory":
         why = f"agent.memory_mb: the agent's processes took {found} MiB, over the limit of {config.agent.memory_mb}"
-        return Ended("over_memory", error=f"{end.stderr[-TEXT:].rstrip()}\n{why}; all were killed")
+        return Ended("over_memory", error=_behind(end.stderr, f"{why}; all were killed"))
     if limit == "over_processes":
         why = f"agent.processes: the agent had {found} processes, over the limit of {config.agent.processes}"
-        return Ended("over_processes", error=f"{end.stderr[-TEXT:].rstrip()}\n{why}; all were killed")
+        return Ended("over_processes", error=_behind(end.stderr, f"{why}; all were killed"))
     if config.agent.persistent:
         why = f"the agent's process ended, with exit code {end.code}, before it answered"
-        return Ended("raised", error=f"{end.stderr[-TEXT:].rstrip()}\n{why}")
+        return Ended("raised", error=_behind(end.stderr, why))
     if end.code != 0:
-        return Ended(
-            "raised", error=f"{end.stderr[-TEXT:].rstrip()}\nthe agent's process ended with exit code {end.code}"
-        )
+        return Ended("raised", error=_behind(end.stderr, f"the agent's process ended with exit code {end.code}"))
     if config.agent.command is not None:
         if len(end.stdout.encode()) >= KEPT_BYTES and "\n" not in end.stdout.strip():
             why = f"the last line of the agent's output, what it gives back, is over {KEPT_BYTES >> 20} MiB; write less"
@@ -332,6 +330,12 @@ def read_end(end: CommandEnd, config: Config) -> Ended:
     if not results:
         return Ended("raised", error="the agent's process ended before the agent returned (it called os._exit?)")
     return Ended("returned", results[-1].get("value"))
+
+
+def _behind(stderr: str, why: str) -> str:
+    """What the process wrote on stderr, and as the last line, which summaries show, `why`, with the last of what it wrote."""
+    written = stderr[-TEXT:].rstrip()
+    return f"{written}\n{why}; it last wrote: {written.splitlines()[-1][:300]}" if written else why
 
 
 def keep_event(event: dict[str, Any], recorder: AttemptRecorder) -> None:

@@ -64,7 +64,8 @@ def load_callable(run: str, folder: Path, key: str) -> Callable[..., Any]:
         module = _import(module_name, folder)
         if not hasattr(module, name):
             near = difflib.get_close_matches(name, vars(module), 1)
-            mend = f"did you mean {near[0]}?" if near else "name one of its functions"
+            there = [its for its, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+            mend = f"did you mean {near[0]}?" if near else f"it has {', '.join(there) or 'no functions'}"
             raise ConfigError(f"{key}: {module_name} has no {name!r}; {mend}")
         found = getattr(module, name)
         if inspect.isclass(found):

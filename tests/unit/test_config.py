@@ -260,6 +260,7 @@ WRONG_SECTIONS = {
     "agent_names_no_function": ({"agent": 'run = "adder.py"'}, r"agent\.run: .*write .file\.py:function"),
     "no_agent_file": ({"agent": 'run = "ader.py:answer"'}, r"agent\.run: no file .*did you mean adder\.py\?"),
     "no_agent_module": ({"agent": 'run = "no_such:answer"'}, r"agent\.run: .* cannot be imported: ModuleNotFoundError"),
+    "agent_function_like_none": ({"agent": 'run = "adder.py:zzz"'}, r"agent\.run: adder\.py has no 'zzz'; it has .*answer"),
     "no_agent_function": ({"agent": 'run = "adder.py:anser"'}, r"agent\.run: adder\.py has no 'anser'; did you mean answer\?"),
     "agent_no_function": ({"agent": 'run = "adder.py:number"'}, r"agent\.run: .* is int, not a function; name a callable"),
     "agent_asks_too_much": ({"agent": 'run = "adder.py:greedy"'}, r"agent\.run: takes .* called with \(task, model\)"),

@@ -176,8 +176,12 @@ def test_what_a_command_gives_back(tmp_path):
     assert last_line(" \n") is None
     assert last_line('{"answer": "a\u2028b\x85c"}\r\n') == {"answer": "a\u2028b\x85c"}
     assert last_line("[" * 3000) == "[" * 3000
-    ended, _ = shell(tmp_path, "echo trace >&2; exit 3")
-    assert ended.how == "raised" and ended.error == "trace\nthe agent's process ended with exit code 3"
+    ended, _ = shell(tmp_path, "echo more >&2; echo trace >&2; exit 3")
+    assert ended.how == "raised" and ended.error == (
+        "more\ntrace\nthe agent's process ended with exit code 3; it last wrote: trace"
+    )
+    ended, _ = shell(tmp_path, "exit 3")
+    assert ended.error == "the agent's process ended with exit code 3"
     ended, _ = run(config_of(tmp_path, command=["no-such-program-of-test"]))
     assert ended.how == "raised" and "no-such-program-of-test: No such file or directory" in ended.error
     ended, _ = shell(tmp_path, "yes | head -c 5000000; echo; echo 0.25")
