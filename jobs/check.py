@@ -70,10 +70,8 @@ def check(config: Config, learn: bool = True, emptied: bool = False) -> None:
     open are set to those of the model's family. `learn`: the run begins or goes on, from its checkpoint where it has one;
     `emptied`: whatever lies in its folder goes."""
     _check_run_directory(config)
-    if learn and not config.run.resume and config.run_directory.is_dir() and any(config.run_directory.iterdir()):
-        raise ConfigError(
-            f"run.resume: false, and {config.run_directory} stands already; choose another run.name or delete it"
-        )
+    if learn and not config.run.resume:
+        _check_new(config)
     if not emptied:
         _check_begun(config)
     if learn:
@@ -113,6 +111,12 @@ def _check_run_directory(config: Config) -> None:
         raise ConfigError(
             f"run.name: {directory} is a run that goes on; wait for its end, stop it, or choose another name"
         )
+
+
+def _check_new(config: Config) -> None:
+    directory = config.run_directory
+    if directory.is_dir() and any(directory.iterdir()):
+        raise ConfigError(f"run.resume: false, and {directory} stands already; choose another run.name or delete it")
 
 
 def _check_begun(config: Config) -> None:

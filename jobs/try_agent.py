@@ -87,7 +87,8 @@ def _of(attempt: Row, rows: list[Row]) -> list[Row]:
 def _tell_attempt(config: Config, attempt: Row, records: dict[str, list[Row]]) -> None:
     calls = records["calls"]
     seconds = (attempt["finished"] or attempt["started"]) - attempt["started"]
-    print(f"\nattempt {attempt['attempt']}: {attempt['outcome']}, {seconds:.1f} s")
+    of_the_model = f", {_waited(calls):.1f} s of it in model calls" if calls else ""
+    print(f"\nattempt {attempt['attempt']}: {attempt['outcome']}, {seconds:.1f} s{of_the_model}")
     _tell_conversation(config, calls)
     for span in records["spans"]:
         print(f"\n[{span['kind']} {span['name']}] {_cut(span['attributes'])}")
@@ -100,6 +101,15 @@ def _tell_attempt(config: Config, attempt: Row, records: dict[str, list[Row]]) -
     if attempt["error"]:
         print(f"error: {_cut(attempt['error'])}")
     _tell_recorded(config, calls, records)
+
+
+def _waited(calls: list[Row]) -> float:
+    """Seconds in which at least one of `calls` ran."""
+    waited, until = 0.0, 0.0
+    for call in sorted(calls, key=lambda call: call["started"]):
+        waited += max(0.0, call["finished"] - max(call["started"], until))
+        until = max(until, call["finished"])
+    return waited
 
 
 def _tell_conversation(config: Config, calls: list[Row]) -> None:

@@ -36,6 +36,8 @@ def test_try_tells_the_conversation_the_reward_and_what_was_recorded(folder):
     assert (rollout["task_id"], rollout["status"], len(calls)) == ("7", "succeeded", 2)
     assert "Say a word of 7 letters." in said and "user: more" in said
     assert f"outcome: succeeded, reward {rollout['reward']}" in said
+    waited = sum(call["finished"] - call["started"] for call in calls)
+    assert f" s, {waited:.1f} s of it in model calls" in said
     prompt = sum(len(call["prompt_token_ids"]) for call in calls)
     sampled = sum(len(call["response_token_ids"]) for call in calls)
     assert f"recorded: 2 calls, {prompt} prompt and {sampled} sampled tokens of policy version 0, 1 rewards" in said
