@@ -22,6 +22,7 @@ import torch
 from ray import serve
 
 from raygent.actors.adapters import Files, read_files, write_files
+from raygent.actors.core_watch import CoreWatch
 from raygent.actors.engine_handle import EngineUnavailable
 from raygent.actors.environment import NO_TELEMETRY, offline
 from raygent.actors.front_door import FrontDoor
@@ -200,6 +201,7 @@ class Engine:
             forget=self._forget,
             trains=config.trains,
         )
+        self.watch = CoreWatch(self.llm, engine.silent_s)
         self.door = FrontDoor(self.gateway, engine.host)
         self.door.open()
         return self.gateway
@@ -209,8 +211,9 @@ class Engine:
         self.scratch.remove()
 
     async def check_health(self) -> None:
-        if hasattr(self, "llm"):
+        if hasattr(self, "watch"):
             await self.llm.check_health()
+            self.watch.look(busy=self.paused)
 
     async def status(self) -> dict[str, Any]:
         """`source` names the replica, `url` is its front door; `running` requests; `sampled_tokens` since it started; of each

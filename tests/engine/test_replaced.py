@@ -33,7 +33,8 @@ REPLACED_S = 400
 
 @pytest.fixture(scope="module")
 def two(store, model, tmp_path_factory):
-    config = engine_config("replaced", tmp_path_factory.mktemp("run"), model, replicas=2, continuation="exact")
+    folder = tmp_path_factory.mktemp("run")
+    config = engine_config("replaced", folder, model, replicas=2, continuation="exact", silent_s=30.0)
     yield start_app(config, SECRET, "engine-tests-store", NAMESPACE, 0, str(model))
     delete_app(config)
 
@@ -244,3 +245,17 @@ def test_a_killed_engine_core_fails_its_calls_at_once_and_is_replaced(two, polic
     other = Attempt(two, store, "train", 600.0)
     assert [ask(other) for _ in range(8)] == [200] * 8
     assert all(policies.fits(call) for call in other.calls())
+
+
+def test_an_engine_core_that_hangs_is_replaced_and_its_attempts_are_made_again(two, policies, store, tmp_path):
+    hung, kept = status(two).values()
+    core = engine_core(hung["pid"])
+    found = rolled_out(two, store, tmp_path, core.suspend)
+    again = {row["rollout_id"] for row in found["rollouts"].to_pylist() if row["attempts"] > 1}
+    assert again and set(found["attempts"]["outcome"].to_pylist()) == {"succeeded"}
+    for calls in by_rollout(found):
+        (source,) = {call["source"] for call in calls}
+        assert source == kept["source"] or calls[0]["rollout_id"] not in again
+    core.wait(10)  # nothing of it is left
+    wait_for_replicas(two, {hung["source"]})
+    push(policies, policies.version)

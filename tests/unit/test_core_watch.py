@@ -1,0 +1,70 @@
+"""The watch over EngineCore, with a real process that has a child, and answers that come, fail, or never come. (With vLLM's own, see
+tests/engine/test_replaced.py.)"""
+
+import asyncio
+import multiprocessing
+import subprocess
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from raygent.actors.core_watch import CoreWatch
+
+SILENT_S = 0.3
+
+
+def hang():
+    subprocess.run(["sleep", "7451"])
+
+
+@pytest.fixture
+def core(processes_of):
+    process = multiprocessing.get_context("spawn").Process(target=hang)
+    process.start()
+    while not processes_of("sleep 7451"):
+        pass
+    yield process
+    for left in [*psutil.Process(process.pid).children(), process] if process.is_alive() else []:
+        left.kill()
+
+
+def looked_at(core, answer, seconds, busy=False):
+    """Look at `core` for so long; `answer`: what it does when it is asked."""
+
+    async def look():
+        manager = SimpleNamespace(processes=[core])
+        client = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
+        watch = CoreWatch(SimpleNamespace(engine_core=client, is_sleeping=answer), SILENT_S)
+        for _ in range(round(seconds / 0.05)):
+            watch.look(busy)
+            await asyncio.sleep(0.05)
+
+    asyncio.run(look())
+
+
+async def never():
+    await asyncio.Event().wait()
+
+
+async def soon():
+    await asyncio.sleep(0.1)
+
+
+async def wrong():
+    raise RuntimeError("dead")
+
+
+def test_one_that_answers_or_is_at_an_update_is_left_alone(core, processes_of):
+    looked_at(core, soon, 3 * SILENT_S)
+    looked_at(core, wrong, 3 * SILENT_S)
+    looked_at(core, never, 3 * SILENT_S, busy=True)
+    assert core.is_alive() and processes_of("sleep 7451")
+
+
+def test_one_that_is_silent_is_killed_with_its_workers(core, processes_of):
+    looked_at(core, never, SILENT_S / 2)
+    assert core.is_alive()
+    looked_at(core, never, 3 * SILENT_S)
+    core.join(10)
+    assert not core.is_alive() and not processes_of("sleep 7451")
