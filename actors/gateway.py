@@ -282,7 +282,7 @@ class Gateway:
             return await refuse(
                 503, "overloaded_error", "this replica waits for the current weights", {"retry-after": "1"}
             )
-        if (body := await _body(state, receive, refuse)) is None:
+        if (body := await _body(state, headers, receive, refuse)) is None:
             return
         if (request := await _request(body, refuse)) is None:
             return
@@ -347,7 +347,7 @@ class Gateway:
         refuse: Refusal,
     ) -> None:
         """Take the traces or the reward in the request's body; they are handed over at the attempt's end."""
-        if (body := await _body(state, receive, refuse)) is None:
+        if (body := await _body(state, headers, receive, refuse)) is None:
             return
         content_type = headers.get("content-type", "").lower()
         encoding = headers.get("content-encoding", "").lower()
@@ -623,18 +623,24 @@ def _wrong_in(request: Any, body: bytes) -> str:
     return next((f"{name}: {why}" for name, why in REFUSED.items() if request.get(name)), "")
 
 
-async def _body(state: ReplicaAttempt, receive: Callable, refuse: Refusal) -> bytes | None:
+async def _body(state: ReplicaAttempt, headers: dict[str, str], receive: Callable, refuse: Refusal) -> bytes | None:
     """The whole body, read for no longer than the attempt goes on; None where it is too large, which the client has been told."""
     chunks, size, task = [], 0, asyncio.current_task()
     assert task is not None
+    declared = headers.get("content-length", "")
+    too_large = (
+        declared.isdecimal() and int(declared) > MAX_BODY_BYTES
+    )  # read, for clients listen after that, but not kept
     state.tasks.add(task)
     try:
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return b""
-            chunks.append(message.get("body", b""))
-            size += len(chunks[-1])
+            part = message.get("body", b"")
+            size += len(part)
+            if not too_large:
+                chunks.append(part)
             if size > MAX_BODY_BYTES:
                 await refuse(413, "request_too_large", f"a request has at most {MAX_BODY_BYTES >> 20} MiB")
                 return None
