@@ -1,11 +1,14 @@
-"""A watch over vLLM's EngineCore: one that hangs, as on a GPU or a collective that never comes back, tells nobody."""
+"""A watch over vLLM's EngineCore: one that hangs, as on a GPU or a collective that never comes back, tells nobody, and one that
+died tells its log alone."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import re
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
@@ -14,6 +17,20 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 logger = logging.getLogger("raygent.engine")
+STDERR = Path("/proc/self/fd/2")  # a file, in Ray's workers; EngineCore writes to it too
+TAIL = 64 << 10
+ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ([\w.]*(?:Error|Exception)\b.*)$", re.MULTILINE)
+
+
+def why_it_died(stderr: Path = STDERR) -> str:
+    """The last error that EngineCore, or a worker of its own, has written."""
+    try:
+        with stderr.open("rb") as file:
+            file.seek(max(0, stderr.stat().st_size - TAIL))
+            errors = ERROR.findall(file.read().decode(errors="replace"))
+    except OSError:  # no file, or none that can be sought in
+        errors = []
+    return errors[-1] if errors else "it was killed, or ended without a word"
 
 
 class CoreWatch:

@@ -22,7 +22,7 @@ import torch
 from ray import serve
 
 from raygent.actors.adapters import Files, read_files, write_files
-from raygent.actors.core_watch import CoreWatch
+from raygent.actors.core_watch import CoreWatch, why_it_died
 from raygent.actors.engine_handle import EngineUnavailable
 from raygent.actors.environment import NO_TELEMETRY, offline
 from raygent.actors.front_door import FrontDoor
@@ -246,8 +246,8 @@ class Engine:
     async def close_attempts(self, attempts: list[AttemptKey]) -> tuple[str, dict[AttemptKey, dict[str, Any]]]:
         """End the attempts: refuse their keys, cancel what they have in flight, and wait until it is recorded.
 
-        Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls", "failed", "errored",
-        "upstream_failed", "upstream_waited", "spans", "rewards"}. "errored": vLLM's EngineCore has died.
+        Returns this replica's source and for each attempt {"calls", "overflow", "over_max_calls", "failed", "died",
+        "upstream_failed", "upstream_waited", "spans", "rewards"}. "died": why vLLM's EngineCore has, or "".
         """
         states = {key: self.gateway.end_attempt(*key) for key in attempts}
         while any(state.tasks or state.recording for state in states.values()):
@@ -260,7 +260,7 @@ class Engine:
                 "overflow": state.overflow,
                 "over_max_calls": state.over_max_calls,
                 "failed": state.failed,
-                "errored": self.llm.errored,
+                "died": why_it_died() if self.llm.errored else "",
                 "upstream_failed": state.upstream_failed,
                 "upstream_waited": state.upstream_waited,
                 "spans": state.spans,

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from collections.abc import Coroutine
 from typing import Any
 
 import ray
@@ -64,6 +65,7 @@ class RolloutWorker:
         self.closer = Closer(engine)
         self.replicas: dict[str, str] = {}  # of the engine that serve, as seen last: source and url
         self.at: Counter[str] = Counter()  # attempts that run, by replica
+        self.gone: dict[str, asyncio.Event] = {}  # by replica that attempts began with: set when it serves no more
         self.running: dict[AttemptKey, asyncio.Task[None]] = {}
         self.sealing: set[AttemptKey] = set()
         # Ended, but not given back before the engine is there again, or its upstream has had some time.
@@ -139,7 +141,7 @@ class RolloutWorker:
         self.at[source] += 1
         try:
             run = self.runner.ask if rollout.mode == "ask" else self.runner.run
-            ended = await run(rollout.input, endpoint, recorder)
+            ended = await self._unless_gone(source, run(rollout.input, endpoint, recorder))
         finally:  # also when the lease was lost: the key ends, what is in flight is aborted
             self.at[source] -= 1
             closing = asyncio.ensure_future(self.closer.close(key))
@@ -168,6 +170,19 @@ class RolloutWorker:
                 setattr(seal, table, {self.name: len(records)})
         self.sealing.add(key)
         await self.store.seal.remote(seal, batches)
+
+    async def _unless_gone(self, source: str, running: Coroutine[Any, Any, Ended]) -> Ended:
+        """How `running` ended. It is cut short where its replica goes: no call of it would be answered any more, however long its
+        client tries."""
+        agent = asyncio.create_task(running)
+        gone = asyncio.create_task(self.gone.setdefault(source, asyncio.Event()).wait())
+        try:
+            await asyncio.wait({agent, gone}, return_when=asyncio.FIRST_COMPLETED)
+            return agent.result() if agent.done() else Ended("raised")
+        finally:
+            agent.cancel()
+            gone.cancel()
+            await asyncio.wait({agent, gone})
 
     def _endpoint(self, lease: Lease, url: str) -> ModelEndpoint:
         rollout = lease.rollout
@@ -259,12 +274,14 @@ class RolloutWorker:
             await asyncio.sleep(1)
 
     async def _look_at_engine(self) -> bool:
-        """Whether a replica serves; where some do, note which. Raises EngineLost."""
+        """Whether a replica serves; where some do, note which. Those that do no more end their attempts. Raises EngineLost."""
         try:
             replicas = await asyncio.to_thread(self.engine.status)
         except EngineError as error:
             raise EngineLost(f"the engine does not answer: {error}") from error
         serving = {replica["source"]: replica["url"] for replica in replicas if replica["version"] >= 0}
+        for source in self.gone.keys() - serving.keys():
+            self.gone.pop(source).set()
         self.replicas = serving or self.replicas
         return bool(serving)
 
@@ -298,8 +315,8 @@ def check_engine(ended: Ended, source: str, closed: Closed, endpoint: ModelEndpo
     """
     if source not in closed:
         raise EngineLost(f"engine replica {source} went away during the attempt")
-    if closed[source]["errored"]:
-        raise EngineLost(f"vLLM died in engine replica {source} during the attempt, or right after it")
+    if died := closed[source]["died"]:
+        raise EngineLost(f"vLLM died in engine replica {source} during the attempt, or right after it: {died}")
     waited = ended.how == "timeout" or (ended.how == "raised" and gave_up(ended.exception, endpoint.anthropic_base_url))
     for name in ("upstream_failed", "upstream_waited") if waited else ("upstream_failed",):
         if why := next((of[name] for of in closed.values() if of[name]), ""):

@@ -86,7 +86,7 @@ class TinyEngine:
     async def close_attempts(self, attempts):
         states = {key: self.gateway.end_attempt(*key) for key in attempts}
         return self.source, {
-            key: {name: getattr(state, name) for name in TOLD} | {"calls": state.recorded, "errored": False}
+            key: {name: getattr(state, name) for name in TOLD} | {"calls": state.recorded, "died": ""}
             for key, state in states.items()
         }
 

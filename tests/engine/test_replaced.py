@@ -86,14 +86,22 @@ def engine_core(pid):
 
 
 AGENT = """
-from openai import AsyncOpenAI
+import asyncio
+from openai import AsyncOpenAI, OpenAIError
+
+async def say(client, messages):  # for ever, where nobody answers
+    while True:
+        try:
+            return await client.chat.completions.create(model="policy", messages=messages, max_tokens=5)
+        except OpenAIError:
+            await asyncio.sleep(1)
 
 async def answer(task, model):
-    client, messages = AsyncOpenAI(base_url=model.base_url, api_key=model.api_key, max_retries=0), []
+    client, messages = AsyncOpenAI(base_url=model.base_url, api_key=model.api_key, max_retries=0, timeout=3600), []
     for _ in range(4):
         messages.append({"role": "user", "content": task})
         # cut off within a character, so that the text sent back has other tokens than were sampled
-        reply = await client.chat.completions.create(model="policy", messages=messages, max_tokens=5)
+        reply = await say(client, messages)
         messages.append({"role": "assistant", "content": reply.choices[0].message.content})
     return 1.0
 """
@@ -107,6 +115,7 @@ def rolled_out(two: EngineHandle, store: Any, folder: Path, meanwhile: Callable[
     config = engine_config("replaced", folder, folder)
     config.path, step = str(folder / "raygent.toml"), next(steps)
     config.workers.rollouts_each, config.workers.cpus = 8, 0.1
+    config.agent.timeout_s = 3600.0  # no attempt ends by that
     before = {source: replica["sampled_tokens"] for source, replica in status(two).items()}
     names = [f"rolled-{step}-{number}" for number in range(ROLLOUTS)]
     ray.get(store.add_rollouts.remote([Rollout(name, "task", name, "train", step, 0, "say") for name in names]))

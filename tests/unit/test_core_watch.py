@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from raygent.actors.core_watch import CoreWatch
+from raygent.actors.core_watch import CoreWatch, why_it_died
 
 SILENT_S = 0.3
 
@@ -68,3 +68,13 @@ def test_one_that_is_silent_is_killed_with_its_workers(core, processes_of):
     looked_at(core, never, 3 * SILENT_S)
     core.join(10)
     assert not core.is_alive() and not processes_of("sleep 7451")
+
+
+def test_what_it_wrote_last_tells_why_it_died(tmp_path):
+    log = tmp_path / "worker.err"
+    log.write_text("Error: of somebody else\n(EngineCore pid=7) Loading: 100%\n")
+    assert "without a word" in why_it_died(log) and "without a word" in why_it_died(tmp_path / "none")
+    log.write_text(
+        "x" * 100_000 + "\n(EngineCore pid=7) Traceback\n(EngineCore pid=7) RuntimeError: no such head_dim: 16\nmore\n"
+    )
+    assert why_it_died(log) == "RuntimeError: no such head_dim: 16"

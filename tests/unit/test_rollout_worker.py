@@ -81,6 +81,12 @@ async def rewarded(task, model):
         return 0.75 if task == "sends and returns" else None
     return {"number": 0.5, "bool": True, "dict": {"reward": 0.75, "rows": 1}, "nan": float("nan"), "none": None}[task]
 
+async def waits(task, model):
+    try:
+        return await ask(model, task)
+    except httpx.HTTPError:
+        await asyncio.sleep(3600)
+
 def blocks(task, model):
     reply = httpx.post(f"{model.base_url}/chat/completions", json=body("hello"), timeout=30)
     time.sleep(task)
@@ -270,8 +276,9 @@ def test_what_an_upstream_failed_is_tried_again_and_stops_nobody(setup):
     assert fine["started"] < first["finished"]  # in the one place that there is
 
 
-def test_an_engine_killed_and_replaced(setup):
-    on = setup("answer", grader="graded.py:grade")
+@pytest.mark.parametrize("agent", ["answer", "waits"])  # that fails with its call, and that would go on for an hour
+def test_an_engine_killed_and_replaced(setup, agent):
+    on = setup(agent, grader="graded.py:grade", timeout_s=7200.0)
     on.worker()
     on.ask(["slow"], ["yes"])
     while ray.get(on.store.status.remote())["running"] < 1:

@@ -676,7 +676,7 @@ def test_what_try_shows_of_a_reply(body, said):
 
 def closed_by(**told):
     """What a replica tells of an attempt of one call."""
-    return {"calls": 1, "failed": False, "errored": False, "upstream_failed": "", "upstream_waited": ""} | told
+    return {"calls": 1, "failed": False, "died": "", "upstream_failed": "", "upstream_waited": ""} | told
 
 
 @pytest.mark.parametrize(
@@ -703,7 +703,7 @@ def test_an_attempt_that_an_upstream_failed(how, failed, waited, lost):
 
 @pytest.mark.parametrize("how", ["returned", "raised"])
 def test_an_attempt_whose_vllm_died_is_the_engines_whatever_the_agent_made_of_it(how):
-    closed = {"e": closed_by(), "other": closed_by(errored=True)}
+    closed = {"e": closed_by(), "other": closed_by(died="why")}
     ended, endpoint = Ended(how, error="" if how == "returned" else "why"), ModelEndpoint("http://e/v1", "key")
     check_engine(ended, "e", closed, endpoint)  # that of another replica is none of its business
     with pytest.raises(EngineLost, match="vLLM died in engine replica other"):
