@@ -29,12 +29,14 @@ from raygent.records import Rollout
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 REPLACED_S = 400
+AGENT_S = 3600.0  # no attempt ends by that
 
 
 @pytest.fixture(scope="module")
 def two(store, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = engine_config("replaced", folder, model, replicas=2, continuation="exact", silent_s=30.0)
+    config.agent.timeout_s = AGENT_S
     yield start_app(config, SECRET, "engine-tests-store", NAMESPACE, 0, str(model))
     delete_app(config)
 
@@ -115,7 +117,7 @@ def rolled_out(two: EngineHandle, store: Any, folder: Path, meanwhile: Callable[
     config = engine_config("replaced", folder, folder)
     config.path, step = str(folder / "raygent.toml"), next(steps)
     config.workers.rollouts_each, config.workers.cpus = 8, 0.1
-    config.agent.timeout_s = 3600.0  # no attempt ends by that
+    config.agent.timeout_s = AGENT_S
     before = {source: replica["sampled_tokens"] for source, replica in status(two).items()}
     names = [f"rolled-{step}-{number}" for number in range(ROLLOUTS)]
     ray.get(store.add_rollouts.remote([Rollout(name, "task", name, "train", step, 0, "say") for name in names]))
