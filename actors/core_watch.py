@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("raygent.engine")
 STDERR = Path("/proc/self/fd/2")  # a file, in Ray's workers; EngineCore writes to it too
 TAIL = 64 << 10
+MOST_GAP_S = 15.0  # between two looks, as far as it counts: three of Serve's health checks
+UPDATE_S = 600.0  # of a part of an update, for which the engine's handle waits half as long
 ERROR = re.compile(r"^\((?:EngineCore|Worker)[^)]*\) ([\w.]*(?:Error|Exception)\b.*)$", re.MULTILINE)
 
 
@@ -35,33 +37,41 @@ def why_it_died(stderr: Path = STDERR) -> str:
 
 class CoreWatch:
     """Kills an EngineCore that has answered nothing for `silent_s` seconds: the calls that wait for it fail then, as failures of
-    infrastructure rather than as their agents' time-outs, and Serve replaces the replica, as with one that died by itself."""
+    infrastructure rather than as their agents' time-outs, and Serve replaces the replica, as with one that died by itself.
+
+    `why`: of the one that was killed; "" as long as none was.
+    """
 
     def __init__(self, llm: AsyncLLM, silent_s: float) -> None:
-        self.llm, self.silent_s = llm, silent_s
+        self.llm, self.silent_s, self.why = llm, silent_s, ""
         self.question: asyncio.Task[bool] | None = None  # that it answers between two steps
-        self.heard = time.monotonic()
+        self.busy = False
+        self.looked, self.silent = time.monotonic(), 0.0
 
     def look(self, busy: bool) -> None:
-        """To be called every few seconds, on the event loop. `busy`: it is at something longer than a step, an update say."""
-        if self.question is not None and self.question.done():
-            if not self.question.cancelled() and (error := self.question.exception()):
+        """To be called every few seconds, on the event loop. `busy`: it is at an update, of which a part may take longer than a
+        step. Raises RuntimeError where one that was killed is still there: no signal ends what waits for a driver."""
+        if self.why:
+            raise RuntimeError(self.why)
+        now = time.monotonic()
+        gap, self.looked = min(now - self.looked, MOST_GAP_S), now  # a loop that stood still tells nothing of the core
+        if busy != self.busy or self.question is None or self.question.done():
+            self.busy, self.silent = busy, 0.0
+        else:
+            self.silent += gap
+        if self.question is None or self.question.done():
+            if self.question and not self.question.cancelled() and (error := self.question.exception()):
                 logger.warning("EngineCore's answer is an error: %s", error)
-            self.question = None
-            self.heard = time.monotonic()
-        if busy:
-            self.heard = time.monotonic()
-        elif self.question is None:
             self.question = asyncio.create_task(self.llm.is_sleeping())
-        elif time.monotonic() - self.heard > self.silent_s:
-            logger.error(
-                "vLLM's EngineCore has answered nothing for %g s (engine.silent_s): it is replaced", self.silent_s
-            )
+        elif self.silent > (max(self.silent_s, UPDATE_S) if busy else self.silent_s):
+            self.why = f"vLLM's EngineCore answered nothing for {self.silent:.0f} s, longer than engine.silent_s"
+            logger.error("%s: it is replaced", self.why)
             self._kill()
 
     def _kill(self) -> None:
         manager = self.llm.engine_core.resources.engine_manager  # type: ignore[attr-defined]
-        cores = [psutil.Process(process.pid) for process in manager.processes if process.is_alive()]
-        for process in [*(worker for core in cores for worker in core.children(recursive=True)), *cores]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        for core in manager.processes:
+            with contextlib.suppress(psutil.Error):
+                for process in [*psutil.Process(core.pid).children(recursive=True), core]:
+                    process.kill()
+            core.kill()

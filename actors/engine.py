@@ -241,7 +241,7 @@ class Engine:
 
     def _served_version(self) -> int:
         """-1 before the first weights are told, and again once vLLM's EngineCore has died: Serve replaces the replica then."""
-        return -1 if self.llm.errored else self.version
+        return -1 if self.llm.errored or self.watch.why else self.version
 
     async def close_attempts(self, attempts: list[AttemptKey]) -> tuple[str, dict[AttemptKey, dict[str, Any]]]:
         """End the attempts: refuse their keys, cancel what they have in flight, and wait until it is recorded.
@@ -254,13 +254,14 @@ class Engine:
             await asyncio.sleep(0.005)
         for state in states.values():
             self._forget(state)
+        died = (self.watch.why or why_it_died()) if self.llm.errored or self.watch.why else ""
         told = {
             key: {
                 "calls": state.recorded,
                 "overflow": state.overflow,
                 "over_max_calls": state.over_max_calls,
                 "failed": state.failed,
-                "died": why_it_died() if self.llm.errored else "",
+                "died": died,
                 "upstream_failed": state.upstream_failed,
                 "upstream_waited": state.upstream_waited,
                 "spans": state.spans,

@@ -32,6 +32,7 @@ Closed = dict[str, dict[str, Any]]  # engine replica -> what Engine.close_attemp
 POLL_S = (0.02, 0.2)  # between asks for leases while the queue is empty: first, and at most
 KEY_MARGIN_S = 60.0  # a key ends with its attempt; this is how long it is good past agent.timeout_s
 ENGINE_POLL_S = 3.0
+GONE_S = 10.0  # for an attempt to end by itself when its replica has gone
 ENGINE_PAUSE_S = 3.0  # after a failure of the engine's, or of an upstream's, times the square of the attempt's number
 WORN_THREADS = 4  # abandoned agents' threads a worker carries before it has itself replaced
 
@@ -66,6 +67,7 @@ class RolloutWorker:
         self.replicas: dict[str, str] = {}  # of the engine that serve, as seen last: source and url
         self.at: Counter[str] = Counter()  # attempts that run, by replica
         self.gone: dict[str, asyncio.Event] = {}  # by replica that attempts began with: set when it serves no more
+        self.looks = self.newest_look = 0  # at the engine: begun, and the last of those that told something
         self.running: dict[AttemptKey, asyncio.Task[None]] = {}
         self.sealing: set[AttemptKey] = set()
         # Ended, but not given back before the engine is there again, or its upstream has had some time.
@@ -139,9 +141,12 @@ class RolloutWorker:
         endpoint, started = self._endpoint(lease, self.replicas[source]), time.time()
         recorder = AttemptRecorder(*key, self.name)
         self.at[source] += 1
+        ended, gone = Ended("raised"), None
         try:
             run = self.runner.ask if rollout.mode == "ask" else self.runner.run
             ended = await self._unless_gone(source, run(rollout.input, endpoint, recorder))
+        except EngineLost as lost:
+            gone = lost
         finally:  # also when the lease was lost: the key ends, what is in flight is aborted
             self.at[source] -= 1
             closing = asyncio.ensure_future(self.closer.close(key))
@@ -153,6 +158,8 @@ class RolloutWorker:
             for sent in (sent for of in closed.values() for sent in of["rewards"]):
                 recorder("rewards", sent)
             recorder.order_rewards()
+            if gone:
+                raise gone
             check_engine(ended, source, closed, endpoint)
             outcome, error, verdict = await self._judge(lease, ended, closed, recorder)
         except EngineLost as lost:
@@ -172,13 +179,17 @@ class RolloutWorker:
         await self.store.seal.remote(seal, batches)
 
     async def _unless_gone(self, source: str, running: Coroutine[Any, Any, Ended]) -> Ended:
-        """How `running` ended. It is cut short where its replica goes: no call of it would be answered any more, however long its
-        client tries."""
+        """How `running` ended. It is cut short, by EngineLost, where its replica goes and the others answer: no call of it would be
+        answered any more, however long its client tries."""
         agent = asyncio.create_task(running)
         gone = asyncio.create_task(self.gone.setdefault(source, asyncio.Event()).wait())
         try:
             await asyncio.wait({agent, gone}, return_when=asyncio.FIRST_COMPLETED)
-            return agent.result() if agent.done() else Ended("raised")
+            if not agent.done():  # most fail with their calls
+                await asyncio.wait({agent}, timeout=GONE_S)
+            if agent.done():
+                return agent.result()
+            raise EngineLost(f"engine replica {source} serves no more")
         finally:
             agent.cancel()
             gone.cancel()
@@ -275,14 +286,18 @@ class RolloutWorker:
 
     async def _look_at_engine(self) -> bool:
         """Whether a replica serves; where some do, note which. Those that do no more end their attempts. Raises EngineLost."""
+        self.looks += 1
+        look = self.looks
         try:
             replicas = await asyncio.to_thread(self.engine.status)
         except EngineError as error:
             raise EngineLost(f"the engine does not answer: {error}") from error
         serving = {replica["source"]: replica["url"] for replica in replicas if replica["version"] >= 0}
-        for source in self.gone.keys() - serving.keys():
-            self.gone.pop(source).set()
-        self.replicas = serving or self.replicas
+        if look > self.newest_look:  # else a later one has told already
+            self.newest_look = look
+            for source in self.gone.keys() - serving.keys():
+                self.gone.pop(source).set()
+            self.replicas = serving or self.replicas
         return bool(serving)
 
     async def _watch_engine(self) -> None:

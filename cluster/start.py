@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,11 +147,13 @@ def _follow(
     except KeyboardInterrupt:
         goes_on = "; given again, the command goes on from the last checkpoint" if module.endswith(".train") else ""
         print(f"stopping{goes_on}", flush=True)
-        with suppress(OSError):  # the dashboard does not answer any more: the job has ended with its Ray
+        try:
             client.stop_job(job)
             deadline = time.monotonic() + STOP_DEADLINE_S
             while not client.get_job_status(job).is_terminal() and time.monotonic() < deadline:
                 time.sleep(0.5)
+        except OSError as error:
+            print(f"Ray's dashboard does not answer, so job {job} may go on: {type(error).__name__}", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -350,7 +350,7 @@ class EngineSection(BaseModel):
     threads: int = Field(2, ge=1)  # a replica, on CPU
     host: Text = "127.0.0.1"  # "0.0.0.0" on a cluster of several machines
     port: int = Field(0, ge=0, le=65535)  # 0: Serve's running port, or a free one
-    silent_s: float = Field(120.0, gt=0)  # an EngineCore that answers nothing for so long is killed and replaced
+    silent_s: float = Field(300.0, gt=0)  # an EngineCore that answers nothing for so long is killed and replaced
     continuation: Literal["template", "exact"] = "template"  # where a conversation's earlier tokens come from
     grammar: Literal["mask", "refuse"] = "mask"  # train mode: tokens sampled under a grammar, penalties or logit_bias
 

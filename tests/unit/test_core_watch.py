@@ -4,11 +4,13 @@ tests/engine/test_replaced.py.)"""
 import asyncio
 import multiprocessing
 import subprocess
+import time
 from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from raygent.actors import core_watch
 from raygent.actors.core_watch import CoreWatch, why_it_died
 
 SILENT_S = 0.3
@@ -62,10 +64,26 @@ def test_one_that_answers_or_is_at_an_update_is_left_alone(core, processes_of):
     assert core.is_alive() and processes_of("sleep 7451")
 
 
+def test_a_loop_that_stood_still_is_not_the_cores_silence(core, monkeypatch):
+    monkeypatch.setattr(core_watch, "MOST_GAP_S", 0.1)
+
+    async def look():
+        watch = CoreWatch(SimpleNamespace(is_sleeping=soon), SILENT_S)
+        watch.look(False)
+        time.sleep(3 * SILENT_S)  # noqa: ASYNC251 - as one that blocks the loop
+        watch.look(False)  # the answer has had no chance to be seen
+        await asyncio.sleep(0.2)
+        watch.look(False)
+
+    asyncio.run(look())
+    assert core.is_alive()
+
+
 def test_one_that_is_silent_is_killed_with_its_workers(core, processes_of):
     looked_at(core, never, SILENT_S / 2)
     assert core.is_alive()
-    looked_at(core, never, 3 * SILENT_S)
+    with pytest.raises(RuntimeError, match="answered nothing"):  # what Serve's health check is told until it is gone
+        looked_at(core, never, 3 * SILENT_S)
     core.join(10)
     assert not core.is_alive() and not processes_of("sleep 7451")
 

@@ -289,8 +289,9 @@ def test_an_engine_killed_and_replaced(setup, agent):
     start_tiny_engine_again(on)
     ended = on.ended()["slow"]
     assert (ended["status"], ended["winning_attempt"], ended["attempts"]) == ("succeeded", 2, 2)
-    outcomes = [row["outcome"] for row in sorted(on.all_attempts(), key=lambda row: row["attempt"])]
-    assert outcomes == ["engine_lost", "succeeded"]
+    first, second = sorted(on.all_attempts(), key=lambda row: row["attempt"])
+    assert [first["outcome"], second["outcome"]] == ["engine_lost", "succeeded"]
+    assert ("serves no more" in first["error"]) == (agent == "waits")
 
 
 def start_tiny_engine_again(on):
