@@ -55,23 +55,24 @@ class CoreWatch:
             raise RuntimeError(self.why)
         now = time.monotonic()
         gap, self.looked = min(now - self.looked, MOST_GAP_S), now  # a loop that stood still tells nothing of the core
-        if busy != self.busy or self.question is None or self.question.done():
-            self.busy, self.silent = busy, 0.0
-        else:
-            self.silent += gap
         if self.question is None or self.question.done():
             if self.question and not self.question.cancelled() and (error := self.question.exception()):
                 logger.warning("EngineCore's answer is an error: %s", error)
-            self.question = asyncio.create_task(self.llm.is_sleeping())
-        elif self.silent > (max(self.silent_s, UPDATE_S) if busy else self.silent_s):
-            self.why = f"vLLM's EngineCore answered nothing for {self.silent:.0f} s, longer than engine.silent_s"
-            logger.error("%s: it is replaced", self.why)
-            self._kill()
+            self.question, self.silent = asyncio.create_task(self.llm.is_sleeping()), 0.0
+        elif busy != self.busy:
+            self.silent = 0.0
+        else:
+            self.silent += gap
+            if self.silent > (max(self.silent_s, UPDATE_S) if busy else self.silent_s):
+                self.why = f"vLLM's EngineCore answered nothing for {self.silent:.0f} s, longer than engine.silent_s"
+                logger.error("%s: it is replaced", self.why)
+                self._kill()
+        self.busy = busy
 
     def _kill(self) -> None:
         manager = self.llm.engine_core.resources.engine_manager  # type: ignore[attr-defined]
         for core in manager.processes:
             with contextlib.suppress(psutil.Error):
-                for process in [*psutil.Process(core.pid).children(recursive=True), core]:
-                    process.kill()
+                for worker in psutil.Process(core.pid).children(recursive=True):
+                    worker.kill()
             core.kill()

@@ -241,7 +241,10 @@ class Engine:
 
     def _served_version(self) -> int:
         """-1 before the first weights are told, and again once vLLM's EngineCore has died: Serve replaces the replica then."""
-        return -1 if self.llm.errored or self.watch.why else self.version
+        return -1 if self._core_is_dead() else self.version
+
+    def _core_is_dead(self) -> bool:
+        return self.llm.errored or bool(self.watch.why)
 
     async def close_attempts(self, attempts: list[AttemptKey]) -> tuple[str, dict[AttemptKey, dict[str, Any]]]:
         """End the attempts: refuse their keys, cancel what they have in flight, and wait until it is recorded.
@@ -254,7 +257,7 @@ class Engine:
             await asyncio.sleep(0.005)
         for state in states.values():
             self._forget(state)
-        died = (self.watch.why or why_it_died()) if self.llm.errored or self.watch.why else ""
+        died = (self.watch.why or why_it_died()) if self._core_is_dead() else ""
         told = {
             key: {
                 "calls": state.recorded,

@@ -407,9 +407,8 @@ class Clients:
         job = {"url": url, "key": key, "parallel": parallel, "requests": requests, "tokens": tokens, "stream": stream}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         told = json.loads(self.process.stdout.readline())
-        if (
-            stream and told["chunks"] < 4 * requests
-        ):  # vLLM puts together the tokens that a busy server has not sent yet
+        # vLLM puts together the tokens that a busy server has not sent yet
+        if stream and told["chunks"] < 4 * requests:
             raise RuntimeError(f"{told['chunks']} chunks for {requests} replies of {tokens} tokens: no streams")
         return told["seconds"], told["chunks"] / requests
 

@@ -31,13 +31,17 @@ def core(processes_of):
         left.kill()
 
 
+def watch_over(core, answer):
+    """`answer`: what it does when it is asked."""
+    client = SimpleNamespace(resources=SimpleNamespace(engine_manager=SimpleNamespace(processes=[core])))
+    return CoreWatch(SimpleNamespace(engine_core=client, is_sleeping=answer), SILENT_S)
+
+
 def looked_at(core, answer, seconds, busy=False):
-    """Look at `core` for so long; `answer`: what it does when it is asked."""
+    """Look at `core` for so long."""
 
     async def look():
-        manager = SimpleNamespace(processes=[core])
-        client = SimpleNamespace(resources=SimpleNamespace(engine_manager=manager))
-        watch = CoreWatch(SimpleNamespace(engine_core=client, is_sleeping=answer), SILENT_S)
+        watch = watch_over(core, answer)
         for _ in range(round(seconds / 0.05)):
             watch.look(busy)
             await asyncio.sleep(0.05)
@@ -68,7 +72,7 @@ def test_a_loop_that_stood_still_is_not_the_cores_silence(core, monkeypatch):
     monkeypatch.setattr(core_watch, "MOST_GAP_S", 0.1)
 
     async def look():
-        watch = CoreWatch(SimpleNamespace(is_sleeping=soon), SILENT_S)
+        watch = watch_over(core, soon)
         watch.look(False)
         time.sleep(3 * SILENT_S)  # noqa: ASYNC251 - as one that blocks the loop
         watch.look(False)  # the answer has had no chance to be seen
